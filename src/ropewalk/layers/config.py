@@ -1,0 +1,118 @@
+"""The description of a language model, in the words of Hugging Face's `config.json`, read from and written to both its spellings."""
+
+from typing import Any, ClassVar, Self
+
+import pydantic
+
+from ropewalk.core.config import Config
+from ropewalk.core.errors import ModelError
+from ropewalk.layers import rope
+
+# Keys that cannot change what the model computes from its weights.
+_HARMLESS = frozenset({
+    "architectures", "attention_dropout", "auto_map", "bos_token_id", "dtype", "eos_token_id", "id2label", "initializer_range",
+    "is_llama_config", "label2id", "model_type", "name_or_path", "pad_token_id", "pretraining_tp", "torch_dtype",
+    "transformers.js_config", "transformers_version", "unsloth_fixed", "use_cache", "_name_or_path", "_attn_implementation",
+    "output_attentions", "output_hidden_states", "return_dict", "chunk_size_feed_forward", "problem_type", "is_encoder_decoder",
+    "max_window_layers", "sliding_window", "_attn_implementation_autoset", "unsloth_version",
+})  # fmt: skip
+# Keys that are understood at one value only.
+_ONLY = {"rope_interleaved": (False, None), "use_sliding_window": (False, None), "quantization_config": (None,)}
+
+
+class LMConfig(Config):
+    """What every decoder-only family here has in common. Sizes in features, lengths in tokens."""
+
+    architecture: ClassVar[str]
+    """the name of Hugging Face's class for it"""
+
+    vocab_size: int = pydantic.Field(gt=0)
+    hidden_size: int = pydantic.Field(gt=0)
+    intermediate_size: int = pydantic.Field(gt=0)
+    num_hidden_layers: int = pydantic.Field(gt=0)
+    num_attention_heads: int = pydantic.Field(gt=0)
+    num_key_value_heads: int = pydantic.Field(gt=0)
+    head_dim: int = pydantic.Field(gt=0, multiple_of=2)
+    max_position_embeddings: int = pydantic.Field(default=2048, gt=0)
+    hidden_act: str = "silu"
+    rms_norm_eps: float = pydantic.Field(default=1e-6, gt=0)
+    rope_theta: float = pydantic.Field(default=10_000.0, gt=0)
+    rope_scaling: rope.Scaling = rope.Default()
+    tie_word_embeddings: bool = False
+
+    @pydantic.model_validator(mode="before")
+    @classmethod
+    def _derive(cls, values: dict[str, Any]) -> dict[str, Any]:
+        """Heads of keys default to those of queries, and a head to its share of the hidden features."""
+        values = {key: value for key, value in values.items() if value is not None}
+        heads, hidden = values.get("num_attention_heads"), values.get("hidden_size")
+        if heads and "num_key_value_heads" not in values:
+            values["num_key_value_heads"] = heads
+        if heads and hidden and "head_dim" not in values and "head_dim" in _undefaulted(cls):
+            values["head_dim"] = hidden // heads
+        return values
+
+    @pydantic.model_validator(mode="after")
+    def _fits(self) -> Self:
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"num_attention_heads = {self.num_attention_heads} is not a multiple of "
+                f"num_key_value_heads = {self.num_key_value_heads}"
+            )
+        if self.hidden_act != "silu":
+            raise ValueError(f"hidden_act = {self.hidden_act} is not supported; supported: silu")
+        return self
+
+    @classmethod
+    def from_hf(cls, values: dict[str, Any], source: str = "config.json") -> Self:
+        """The config that a parsed `config.json` describes.
+
+        Raises ModelError for an unsupported RoPE type or for keys that could change the mathematics and are not understood.
+        """
+        values = _plain_rope(dict(values), source)
+        kinds = values.pop("layer_types", None)
+        if kinds is not None and set(kinds) != {"full_attention"}:
+            raise ModelError(f"{source}: layer_types has {sorted(set(kinds))}; this family has full_attention layers only")
+        for key, allowed in _ONLY.items():
+            if values.pop(key, None) not in allowed:
+                raise ModelError(f"{source}: `{key}` is set and not supported; supported: {allowed[0]}")
+        known = {key: value for key, value in values.items() if key in cls.model_fields}
+        unknown = [key for key in values if key not in cls.model_fields and key not in _HARMLESS]
+        if unknown:
+            raise ModelError(
+                f"{source}: key `{unknown[0]}` = {values[unknown[0]]!r} is not understood and could change what the model "
+                f"computes; remove it if it does not"
+            )
+        return cls.parse(known, source)
+
+    def to_hf(self) -> dict[str, Any]:
+        """`config.json` in the spelling that every version of `transformers` reads."""
+        values = self.model_dump(mode="json")
+        scaling = values.pop("rope_scaling")
+        values["rope_scaling"] = None if scaling["rope_type"] == "default" else scaling
+        return {"architectures": [self.architecture], "model_type": self.family(), **values}
+
+    @classmethod
+    def family(cls) -> str:
+        """The name of the file that holds this family, which is Hugging Face's `model_type`."""
+        return cls.__module__.rpartition(".")[2]
+
+
+def _undefaulted(cls: type[Config]) -> set[str]:
+    return {name for name, field in cls.model_fields.items() if field.is_required()}
+
+
+def _plain_rope(values: dict[str, Any], source: str) -> dict[str, Any]:
+    """Folds the newer `rope_parameters` into `rope_theta` and `rope_scaling`, and the older `type` into `rope_type`."""
+    newer = values.pop("rope_parameters", None) or {}
+    scaling = dict(values.pop("rope_scaling", None) or newer)
+    if "type" in scaling:
+        scaling.setdefault("rope_type", scaling.pop("type"))
+        scaling.pop("type", None)
+    theta = scaling.pop("rope_theta", newer.get("rope_theta"))
+    if theta is not None and values.get("rope_theta") is None:
+        values["rope_theta"] = theta
+    kind = scaling.setdefault("rope_type", "default")
+    if kind not in rope.TYPES:
+        raise ModelError(f"{source}: RoPE type `{kind}` is not supported; supported: {', '.join(rope.TYPES)}")
+    return {**values, "rope_scaling": scaling if kind != "default" else {"rope_type": "default"}}

@@ -1,0 +1,19 @@
+"""Token embedding, and its use as an output head."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from ropewalk.layers.linear import INIT_STD
+
+
+class Embedding(nnx.Module):
+    """A table of one row a token id, [v, d]."""
+
+    def __init__(self, vocab: int, size: int, *, rngs: nnx.Rngs):
+        value = INIT_STD * jax.random.normal(rngs.params(), (vocab, size), jnp.float32)
+        self.weight = nnx.Param(value, axes=("vocab", "embed"))
+
+    def __call__(self, tokens: jax.Array) -> jax.Array:
+        """int32 [b, t] -> [b, t, d]"""
+        return jnp.take(self.weight[...], tokens, axis=0)

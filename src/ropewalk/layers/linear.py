@@ -1,0 +1,43 @@
+"""A learned product between named dims."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from ropewalk.ops.matmul import project
+
+INIT_STD = 0.02
+
+
+class Linear(nnx.Module):
+    """y = x @ weight (+ bias), from dims `inner` to dims `outer`, e.g. (d,) -> (n, h).
+
+    `axes` names the dims of the weight, inner ones first. The weight starts as a normal of standard deviation `std`.
+    """
+
+    def __init__(
+        self,
+        inner: tuple[int, ...],
+        outer: tuple[int, ...],
+        axes: tuple[str, ...],
+        *,
+        bias: bool = False,
+        std: float = INIT_STD,
+        rngs: nnx.Rngs,
+    ):
+        self.contract = len(inner)
+        value = std * jax.random.normal(rngs.params(), inner + outer, jnp.float32)
+        self.weight = nnx.Param(value, axes=axes)
+        self.bias = nnx.Param(jnp.zeros(outer, jnp.float32), axes=axes[len(inner) :]) if bias else None
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[..., inner] -> [..., outer], in x's dtype."""
+        y = project(x, self.weight[...], self.contract)
+        return y if self.bias is None else y + self.bias[...].astype(y.dtype)
+
+
+def depth_std(layers: int) -> float:
+    """Initial standard deviation of projections that write to the residual stream, 0.02 / sqrt(2 layers): GPT-2's rule."""
+    return INIT_STD / math.sqrt(2 * layers)

@@ -1,0 +1,118 @@
+"""The language model around a stack of blocks: tokens in, logits out, one forward for training, prefill and decoding."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from ropewalk.core.paths import Spec, dotted
+from ropewalk.layers.attention import Context
+from ropewalk.layers.cache import Dense
+from ropewalk.layers.config import LMConfig
+from ropewalk.layers.embedding import Embedding
+from ropewalk.layers.linear import Linear
+from ropewalk.layers.norm import RMSNorm
+from ropewalk.layers.stack import Stack, Unit, depth
+from ropewalk.ops import rope
+from ropewalk.ops.matmul import project
+from ropewalk.parallel.axes import shard
+
+
+class LM(nnx.Module):
+    """Embedding, stack, final norm and output head. A family's `Model` says what the stack is made of."""
+
+    def __init__(self, config: LMConfig, plan: Sequence[tuple[Unit, int]], *, rngs: nnx.Rngs):
+        self.config = config
+        frequencies, self.rope_scale = config.rope_scaling.frequencies(
+            config.head_dim, config.rope_theta, config.max_position_embeddings
+        )
+        self.rope_frequencies = tuple(frequencies.tolist())
+        self.embed = Embedding(config.vocab_size, config.hidden_size, rngs=rngs)
+        self.layers = Stack(plan, rngs=rngs)
+        self.final_norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        tied = config.tie_word_embeddings
+        self.head = None if tied else Linear((config.hidden_size,), (config.vocab_size,), ("embed", "vocab"), rngs=rngs)
+
+    def hidden(
+        self,
+        tokens: jax.Array,
+        positions: jax.Array | None = None,
+        segment_ids: jax.Array | None = None,
+        cache: Sequence[Any] | None = None,
+    ) -> tuple[jax.Array, list[Any] | None, dict[str, jax.Array]]:
+        """Final hidden states [b, t, d] of tokens int32 [b, t], the written cache (or None), and the layers' reports.
+
+        Without positions they count from 0; without segment_ids every token is of segment 1 (0 = padding).
+        """
+        if positions is None:
+            positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
+        if segment_ids is None:
+            segment_ids = jnp.ones_like(tokens)
+        cos, sin = rope.angles(positions, self.rope_frequencies, self.rope_scale)
+        x = shard(self.embed(tokens), "batch", "time", "hidden")
+        x, cache, aux = self.layers(x, Context(positions, segment_ids, cos, sin), cache)
+        return self.final_norm(x), cache, aux
+
+    def unembed(self, x: jax.Array) -> jax.Array:
+        """Logits float32 [..., v] of hidden states [..., d]."""
+        return project(x, self.head_params()).astype(jnp.float32)
+
+    def head_params(self) -> jax.Array:
+        """The output head [d, v]: all that `unembed` needs, for losses that tile the vocabulary or the tokens."""
+        return self.embed.weight[...].T if self.head is None else self.head.weight[...]
+
+    def __call__(
+        self,
+        tokens: jax.Array,
+        positions: jax.Array | None = None,
+        segment_ids: jax.Array | None = None,
+        cache: Sequence[Any] | None = None,
+    ) -> tuple[jax.Array, list[Any] | None, dict[str, jax.Array]]:
+        """`hidden`, then `unembed`: (logits [b, t, v], cache, aux)."""
+        x, cache, aux = self.hidden(tokens, positions, segment_ids, cache)
+        return self.unembed(x), cache, aux
+
+    def init_cache(self, batch: int, length: int, dtype: Any) -> list[Dense]:
+        """One empty cache a layer, with room for `length` tokens of each of `batch` sequences."""
+        heads, dim = self.config.num_key_value_heads, self.config.head_dim
+        return [Dense.empty(batch, length, heads, dim, dtype) for _ in range(depth(self.layers))]
+
+    def flops(self, tokens: int, length: int) -> float:
+        """Floating-point operations of one forward pass over `tokens` tokens in causal sequences of `length`.
+
+        Two for every weight of a product and token, and half of the full score and value products of attention.
+        """
+        matrices = sum(
+            parameter.size for path, parameter in parameters(self).items() if parameter.ndim > 2 or "head" in path
+        )
+        if self.head is None:
+            matrices += self.embed.weight[...].size
+        attention = depth(self.layers) * 2 * length * self.config.num_attention_heads * self.config.head_dim
+        return float(tokens) * (2 * matrices + attention)
+
+
+def parameters(model: nnx.Module) -> dict[str, Any]:
+    """Every parameter's value (or abstract shape) by path."""
+    return {dotted(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(model)}
+
+
+def table(model: nnx.Module) -> dict[str, Spec]:
+    """The static table path -> shape, dtype, axes that shardings, checkpoints, optimizers and weights are read from.
+
+    A parameter of a stacked block has `layers` in front of the axes it was made with.
+    """
+    variables = jax.tree_util.tree_leaves_with_path(model, is_leaf=lambda node: isinstance(node, nnx.Variable))
+    specs = {}
+    for path, variable in variables:
+        value, axes = variable.get_value(), tuple(variable.get_metadata()["axes"])
+        stacked = ("layers",) * (len(value.shape) - len(axes))
+        specs[dotted(path)] = Spec(tuple(value.shape), jnp.dtype(value.dtype), stacked + axes)
+    return specs
+
+
+def with_parameters(model: nnx.Module, values: dict[str, Any]) -> Any:
+    """A module of the same structure that holds the given values. Raises KeyError for a missing path."""
+    leaves, structure = jax.tree_util.tree_flatten_with_path(model)
+    return jax.tree_util.tree_unflatten(structure, [values[dotted(path)] for path, _ in leaves])

@@ -1,0 +1,415 @@
+"""Where the numbers of a run go: JSON lines, TensorBoard, wandb and a live line. Only process 0 writes.
+
+Every writer has the same four methods and takes host floats; none of them decides what is measured or when.
+"""
+
+import importlib.metadata
+import json
+import logging
+import math
+import os
+import platform
+import sys
+import time
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+from rich.console import Console
+from rich.live import Live
+from rich.text import Text
+from tensorboardX import SummaryWriter
+
+from ropewalk.core import config
+from ropewalk.core.errors import ConfigError
+from ropewalk.core.log import log
+from ropewalk.core.storage import write_atomic
+
+METRICS_FILE = "metrics.jsonl"
+SAMPLES_FILE = "samples.jsonl"
+_PACKAGES = ("ropewalk", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+
+
+class Config(config.Config):
+    """Which writers a run has besides metrics.jsonl and samples.jsonl, which it always writes."""
+
+    tensorboard: bool = True
+    wandb: str | None = None
+    """A wandb project, or `entity/project`; none by default."""
+    progress: Literal["auto", "live", "plain", "none"] = "auto"
+    """`auto` is `live` on a terminal and `plain` (a line every 10 s) elsewhere."""
+
+
+class Writer:
+    """The interface, and a writer that writes nothing."""
+
+    def write(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """Numbers of one step by name; steps never go back. `tokens` and `skipped` count from the run's start."""
+
+    def event(self, step: int, name: str, **fields: Any) -> None:
+        """Something that happened at a step: "started", "skipped", "saved", "finished" ..."""
+
+    def sample(self, step: int, prompt: str, text: str) -> None:
+        """A text the model wrote at a step as the continuation of a prompt."""
+
+    def close(self) -> None:
+        """Flushes and lets go of files; may be called twice."""
+
+
+class Writers(Writer):
+    """Several writers as one."""
+
+    def __init__(self, writers: Iterable[Writer]) -> None:
+        self.writers = tuple(writers)
+
+    def write(self, step: int, metrics: Mapping[str, Any]) -> None:
+        for writer in self.writers:
+            writer.write(step, metrics)
+
+    def event(self, step: int, name: str, **fields: Any) -> None:
+        for writer in self.writers:
+            writer.event(step, name, **fields)
+
+    def sample(self, step: int, prompt: str, text: str) -> None:
+        for writer in self.writers:
+            writer.sample(step, prompt, text)
+
+    def close(self) -> None:
+        for writer in self.writers:
+            writer.close()
+
+
+def open_writers(
+    settings: Config,
+    run_dir: str | Path,
+    total_steps: int,
+    resumed: int | None = None,
+    recipe: Mapping[str, Any] | None = None,
+) -> Writers:
+    """The writers of a run; on every process but the first an empty set.
+
+    `resumed` is the step of the checkpoint that the run goes on from (None: a fresh run): what was written of later
+    steps is dropped, so that each step is recorded once. Raises ConfigError when wandb is asked for and missing.
+    """
+    if jax.process_index() != 0:
+        return Writers([])
+    run_dir = Path(run_dir)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    writers: list[Writer] = []
+    if settings.wandb is not None:  # first: the only one that can be refused
+        writers.append(Wandb(settings.wandb, run_dir, recipe or {}))
+    writers.append(JsonLines(run_dir, resumed))
+    if settings.tensorboard:
+        writers.append(TensorBoard(run_dir / "tensorboard", resumed))
+    if settings.progress != "none":
+        writers.append(Progress(total_steps, settings.progress))
+    return Writers(writers)
+
+
+def environment() -> dict[str, Any]:
+    """Device, counts and versions, for the "started" event: what a reader needs to place the numbers."""
+    device = jax.devices()[0]
+    return {
+        "device": _cpu_name() if device.platform == "cpu" else device.device_kind,
+        "platform": device.platform,
+        "devices": jax.device_count(),
+        "processes": jax.process_count(),
+        "versions": {"python": platform.python_version()} | _versions(),
+    }
+
+
+class JsonLines(Writer):
+    """`metrics.jsonl` (numbers and events) and `samples.jsonl`: one JSON object a line, flushed as written.
+
+    A number that is not finite is written as null, so that any JSON parser reads the file. Each line carries
+    `time`, seconds since 1970.
+    """
+
+    def __init__(self, run_dir: str | Path, resumed: int | None = None) -> None:
+        self._metrics = _open_lines(Path(run_dir) / METRICS_FILE, resumed)
+        self._samples = _open_lines(Path(run_dir) / SAMPLES_FILE, resumed)
+
+    def write(self, step: int, metrics: Mapping[str, Any]) -> None:
+        self._metrics.write(_line({"step": step, **metrics, "time": _now()}))
+
+    def event(self, step: int, name: str, **fields: Any) -> None:
+        self._metrics.write(_line({"step": step, "event": name, **fields, "time": _now()}))
+
+    def sample(self, step: int, prompt: str, text: str) -> None:
+        self._samples.write(_line({"step": step, "prompt": prompt, "text": text, "time": _now()}))
+
+    def close(self) -> None:
+        self._metrics.close()
+        self._samples.close()
+
+
+class TensorBoard(Writer):
+    """Scalars as `train/NAME` and `eval/NAME`, samples and events as text, in a directory of event files.
+
+    Numbers reach the disk within seconds, not at once: after `kill -9` the last few may be missing here, never in
+    metrics.jsonl.
+    """
+
+    def __init__(self, directory: str | Path, resumed: int | None = None) -> None:
+        self._writer: SummaryWriter | None = SummaryWriter(
+            str(directory),
+            purge_step=0 if resumed is None else resumed + 1,
+            flush_secs=5,
+            filename_suffix=f".{time.time_ns()}",  # else two starts within a second share one file
+        )
+
+    def write(self, step: int, metrics: Mapping[str, Any]) -> None:
+        if self._writer is not None:
+            for name, value in metrics.items():
+                if isinstance(value, str) or value is None:
+                    continue
+                group, short = ("eval", name[5:]) if name.startswith("eval_") else ("train", name)
+                self._writer.add_scalar(f"{group}/{short}", float(value), step)
+
+    def event(self, step: int, name: str, **fields: Any) -> None:
+        self._text(f"events/{name}", json.dumps(_plain(fields), indent=1), step)
+
+    def sample(self, step: int, prompt: str, text: str) -> None:
+        self._text("samples", f"{prompt}{text}", step)
+
+    def close(self) -> None:
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None
+
+    def _text(self, tag: str, text: str, step: int) -> None:
+        if self._writer is not None:  # indented: markdown shows it as it is
+            block = "\n".join(f"    {line}" for line in text.splitlines())
+            self._writer.add_text(tag, block, step)
+
+
+class Wandb(Writer):
+    """Sends everything to Weights & Biases; the run's id is kept in `wandb_id`, so that a resumed run goes on there.
+
+    wandb keeps the first value it was given for a step, so steps repeated after a kill show their first recording.
+    """
+
+    def __init__(self, project: str, run_dir: str | Path, recipe: Mapping[str, Any]) -> None:
+        try:
+            import wandb  # optional dependency
+        except ImportError:
+            raise ConfigError(
+                f"metrics.wandb = {project!r}: the package wandb is not installed; `pip install wandb` installs it, "
+                "or leave the key out (metrics.jsonl and TensorBoard files are written without it)"
+            ) from None
+        entity, _, name = project.rpartition("/")
+        kept = Path(run_dir) / "wandb_id"
+        if not kept.exists():
+            write_atomic(kept, wandb.util.generate_id())
+        self._wandb = wandb
+        self._run = wandb.init(
+            project=name,
+            entity=entity or None,
+            dir=str(run_dir),
+            name=Path(run_dir).name,
+            id=kept.read_text(encoding="utf-8").strip(),
+            resume="allow",
+            config=dict(recipe),
+        )
+
+    def write(self, step: int, metrics: Mapping[str, Any]) -> None:
+        self._run.log(dict(metrics), step=step)
+
+    def event(self, step: int, name: str, **fields: Any) -> None:
+        self._run.summary[f"event/{name}"] = {"step": step, **_plain(fields)}
+
+    def sample(self, step: int, prompt: str, text: str) -> None:
+        table = self._wandb.Table(columns=["step", "prompt", "text"], data=[[step, prompt, text]])
+        self._run.log({"samples": table}, step=step)
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+class Progress(Writer):
+    """One live line on a terminal's stderr; elsewhere a plain line at most every `every_s` seconds.
+
+    Evaluations, events and samples are printed above the line, and stay.
+    """
+
+    def __init__(
+        self,
+        total_steps: int,
+        style: Literal["auto", "live", "plain"] = "auto",
+        every_s: float = 10.0,
+        label: str = "MFU",
+        console: Console | None = None,
+    ) -> None:
+        """`label` names what `mfu` is held against (`Peak.label`); `started` events may set it later."""
+        self._console = console or Console(stderr=True, highlight=False, soft_wrap=True)
+        live = self._console.is_terminal if style == "auto" else style == "live"
+        self._total, self._every_s, self._label = total_steps, every_s, label
+        self._shown = -math.inf
+        self._live: Live | None = None
+        self._streams: list[tuple[logging.StreamHandler[Any], Any]] = []
+        if live:
+            self._live = Live(console=self._console, refresh_per_second=4, redirect_stdout=False)
+            self._live.start()
+            self._redirect_log()
+
+    def write(self, step: int, metrics: Mapping[str, Any]) -> None:
+        if "eval_loss" in metrics:
+            self._print(_eval_line(step, metrics), "bold")
+        if "loss" not in metrics:
+            return
+        line = self._line(step, metrics)
+        now = time.monotonic()
+        if self._live is not None:
+            self._live.update(Text(line, no_wrap=True, overflow="ellipsis"))
+        elif step >= self._total or now - self._shown >= self._every_s:
+            self._print(line)
+            self._shown = now
+
+    def event(self, step: int, name: str, **fields: Any) -> None:
+        if name == "started":
+            self._label = fields.get("mfu_label", self._label)
+            return
+        told = ", ".join(f"{key} {_short(value)}" for key, value in fields.items())
+        self._print(f"step {step:,}  {name}" + (f": {told}" if told else ""), "yellow")
+
+    def sample(self, step: int, prompt: str, text: str) -> None:
+        self._print(f"step {step:,}  the model writes:", "dim")
+        shown = Text("  ").append(prompt.replace("\n", "\n  "), "bold")
+        self._console.print(shown.append(text.replace("\n", "\n  ")))
+
+    def close(self) -> None:
+        for handler, stream in self._streams:
+            handler.setStream(stream)
+        self._streams.clear()
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
+
+    def _print(self, line: str, style: str = "") -> None:
+        self._console.print(Text(line, style))
+
+    def _line(self, step: int, metrics: Mapping[str, Any]) -> str:
+        parts = [f"step {step:,}/{self._total:,}", f"loss {metrics['loss']:.4f}"]
+        if _known(metrics, "tokens_per_s"):
+            parts.append(f"{metrics['tokens_per_s']:,.0f} tokens/s")
+        if _known(metrics, "mfu"):
+            parts.append(f"{self._label} {metrics['mfu']:.1%}")
+        if _known(metrics, "eta_s"):
+            parts.append(f"{duration(metrics['eta_s'])} left")
+        if metrics.get("skipped"):
+            parts.append(f"{metrics['skipped']:.0f} skipped")
+        return "  ".join(parts)
+
+    def _redirect_log(self) -> None:
+        """The project's log was bound to stderr before `Live` took it over; its lines must go above the live one."""
+        for handler in log.handlers:
+            if isinstance(handler, logging.StreamHandler) and not isinstance(handler, logging.FileHandler):
+                self._streams.append((handler, handler.stream))
+                handler.setStream(sys.stderr)
+
+
+def duration(seconds: float) -> str:
+    """Seconds as a person says them: `48 s`, `3 min 20 s`, `5 h 04 min`, `2 d 03 h`."""
+    if not math.isfinite(seconds):
+        return "?"
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    if whole < 86400:
+        return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+    return f"{whole // 86400} d {whole % 86400 // 3600:02d} h"
+
+
+def _open_lines(path: Path, resumed: int | None) -> Any:
+    if path.exists():
+        _keep_until(path, -1 if resumed is None else resumed)
+    return path.open("a", encoding="utf-8", buffering=1)
+
+
+def _keep_until(path: Path, step: int) -> None:
+    """Drops the lines of steps after `step` and whatever is no JSON object (the torn end left by a kill)."""
+    lines = path.read_bytes().splitlines(keepends=True)
+    kept, torn = [], 0
+    for line in lines:
+        row = _parsed(line)
+        if row is None or not line.endswith(b"\n"):
+            torn += 1
+        elif row["step"] <= step:
+            kept.append(line)
+    if torn:
+        log.warning("%s: dropped %d unreadable line(s) that an earlier stop left behind", path, torn)
+    if len(kept) < len(lines):
+        write_atomic(path, b"".join(kept))
+
+
+def _parsed(line: bytes) -> dict[str, Any] | None:
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return None
+    return row if isinstance(row, dict) and isinstance(row.get("step"), int) else None
+
+
+def _line(row: Mapping[str, Any]) -> str:
+    return json.dumps(_plain(row), ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def _plain(value: Any) -> Any:
+    """A value of JSON's own types; numpy and jax scalars become numbers, what is not finite becomes None."""
+    if value is None or isinstance(value, bool | int | str):
+        return value
+    if isinstance(value, Mapping):
+        return {str(key): _plain(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(inner) for inner in value]
+    if hasattr(value, "item"):
+        return _plain(value.item() if getattr(value, "ndim", 0) == 0 else value.tolist())
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return str(value)
+
+
+def _now() -> float:
+    return round(time.time(), 3)
+
+
+def _known(metrics: Mapping[str, Any], name: str) -> bool:
+    value = metrics.get(name)
+    return value is not None and math.isfinite(value)
+
+
+def _short(value: Any) -> str:
+    return f"{value:.5g}" if isinstance(value, float) else str(value)
+
+
+def _eval_line(step: int, metrics: Mapping[str, Any]) -> str:
+    parts = [f"step {step:,}  held-out loss {metrics['eval_loss']:.4f}"]
+    if _known(metrics, "eval_perplexity"):
+        parts.append(f"perplexity {metrics['eval_perplexity']:.2f}")
+    if _known(metrics, "eval_bits_per_byte"):
+        parts.append(f"{metrics['eval_bits_per_byte']:.3f} bits per byte")
+    return "  ".join(parts)
+
+
+def _cpu_name() -> str:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    name = platform.processor() or platform.machine()
+    listing = Path("/proc/cpuinfo")  # Linux; elsewhere `platform` knows the name itself
+    if listing.exists():
+        lines = listing.read_text(encoding="utf-8", errors="replace").splitlines()
+        names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+        name = names[0] if names else name
+    return f"{name}, {cores} cores"
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for package in _PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = "not installed"
+    return found

@@ -1,0 +1,1 @@
+"""Arrays in, arrays out: the numerical kernels. Knows no module and no configuration."""

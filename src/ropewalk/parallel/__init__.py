@@ -1,0 +1,1 @@
+"""Where arrays live: logical axes, rule tables, the device mesh, rematerialisation and process start-up."""

@@ -1,0 +1,141 @@
+"""Logical axis names, and the one place where they become shardings.
+
+A parameter or activation names its dimensions; a rule table maps names to mesh axes. No code guesses from a path.
+"""
+
+import contextlib
+import contextvars
+import dataclasses
+from collections.abc import Iterator, Mapping
+
+import jax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from ropewalk.core.errors import LayoutError
+from ropewalk.core.paths import Spec
+from ropewalk.parallel.rules import Rules
+
+# What each dimension of a parameter may be called.
+PARAMETER_AXES = {
+    "layers": "repeats of a stacked segment",
+    "vocab": "token ids",
+    "embed": "hidden features, as a parameter holds them",
+    "mlp": "inner features of the MLP",
+    "heads": "query heads",
+    "kv_heads": "key and value heads",
+    "head_dim": "features of one head",
+}
+# What each dimension of an activation may be called, beside the feature names above.
+ACTIVATION_AXES = {
+    "batch": "sequences",
+    "time": "tokens of a sequence",
+    "hidden": "hidden features, as an activation holds them",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Placement:
+    """A device mesh and the rules by which logical axes spread over it."""
+
+    mesh: Mesh
+    rules: Rules
+
+    @property
+    def platform(self) -> str:
+        """The kind of device the program is for: cpu, gpu or tpu."""
+        return self.mesh.devices.flat[0].platform
+
+
+_placement: contextvars.ContextVar[Placement | None] = contextvars.ContextVar("placement", default=None)
+
+
+@contextlib.contextmanager
+def placed(placement: Placement | None) -> Iterator[None]:
+    """While a program is traced: `shard` constrains by this mesh and these rules, `platform` answers for it."""
+    token = _placement.set(placement)
+    try:
+        yield
+    finally:
+        _placement.reset(token)
+
+
+def platform() -> str:
+    """The platform of the program being traced: that of the mesh, or of the default device without one."""
+    placement = _placement.get()
+    return placement.platform if placement else jax.default_backend()
+
+
+def shard(x: jax.Array, *axes: str | None) -> jax.Array:
+    """Constrains an activation to lie as its logical axes say; without a mesh it is returned as it came.
+
+    A dimension that its mesh axes do not divide stays whole (one sequence cannot be split over eight devices).
+    """
+    placement = _placement.get()
+    if placement is None or placement.mesh.size == 1:
+        return x
+    spec = _partition(axes, placement, fits=lambda dim, ways: x.shape[dim] % ways == 0)
+    return jax.lax.with_sharding_constraint(x, NamedSharding(placement.mesh, spec))
+
+
+def shardings(table: Mapping[str, Spec], placement: Placement) -> dict[str, NamedSharding]:
+    """The sharding of every parameter in a table of path -> Spec.
+
+    Raises LayoutError, with path and both numbers, where a dimension does not divide over its mesh axes.
+    """
+    return {path: _parameter_sharding(path, spec, placement) for path, spec in table.items()}
+
+
+def batch_sharding(placement: Placement, batch: int) -> NamedSharding:
+    """The sharding of a [b, t] array of `batch` sequences. Raises LayoutError when they do not divide."""
+    spec = _partition(("batch", "time"), placement, fits=lambda dim, ways: True)
+    ways = _ways(spec[0], placement.mesh)
+    if batch % ways:
+        raise LayoutError(
+            f"batch of {batch} sequences does not divide over {ways} devices (mesh axes {spec[0]}); "
+            f"set data.batch to a multiple of {ways}, or change layout.mesh"
+        )
+    return NamedSharding(placement.mesh, spec)
+
+
+def replicated(placement: Placement) -> NamedSharding:
+    """The sharding of an array that every device holds whole."""
+    return NamedSharding(placement.mesh, PartitionSpec())
+
+
+def _parameter_sharding(path: str, spec: Spec, placement: Placement) -> NamedSharding:
+    partition = _partition(spec.axes, placement, fits=lambda dim, ways: True)
+    for dim, names in enumerate(partition):
+        ways = _ways(names, placement.mesh)
+        if spec.shape[dim] % ways:
+            raise LayoutError(
+                f"parameter `{path}` has {spec.shape[dim]} `{spec.axes[dim]}`, which does not divide over the {ways} "
+                f"devices of mesh axis {names}; change layout.mesh or layout.rules"
+            )
+    return NamedSharding(placement.mesh, partition)
+
+
+def _partition(axes, placement: Placement, fits) -> PartitionSpec:
+    """Logical axes -> PartitionSpec: a mesh axis serves the first dimension that asks for it."""
+    used: set[str] = set()
+    parts = []
+    for dim, axis in enumerate(axes):
+        names = tuple(
+            name
+            for name in placement.rules.get(axis, ())
+            if name not in used and placement.mesh.shape.get(name, 1) > 1
+        )
+        if not names or not fits(dim, _ways(names, placement.mesh)):
+            parts.append(None)
+            continue
+        used.update(names)
+        parts.append(names if len(names) > 1 else names[0])
+    return PartitionSpec(*parts)
+
+
+def _ways(names: str | tuple[str, ...] | None, mesh: Mesh) -> int:
+    if names is None:
+        return 1
+    ways = 1
+    for name in (names,) if isinstance(names, str) else names:
+        ways *= mesh.shape[name]
+    return ways

@@ -1,0 +1,1 @@
+"""Native checkpoints: round trips across shardings, keep-policy, other models, several processes."""
