@@ -15,7 +15,7 @@ check: env
 	$(BIN)/ruff format --check
 	$(BIN)/ruff check
 	$(BIN)/pyright
-	$(BIN)/lint-imports
+	$(BIN)/lint-imports --no-logo
 	$(BIN)/pytest -q tests/structure
 
 format: env
@@ -26,6 +26,7 @@ env: $(READY)
 
 # uv on PATH may be missing, or a shim that does not run here: then the pinned one goes into .venv.
 $(READY): requirements.txt pyproject.toml
+	@echo "Preparing .venv (about 1 GB, once)"
 	@if uv --version >/dev/null 2>&1; then \
 		test -x $(BIN)/python || uv venv --quiet --python 3.12 .venv; \
 	elif ! test -x $(BIN)/uv; then \
@@ -34,7 +35,7 @@ $(READY): requirements.txt pyproject.toml
 		$(BIN)/python -m pip install --quiet --require-hashes -r .venv/uv.txt; \
 	fi
 	@uv=uv; uv --version >/dev/null 2>&1 || uv=$(BIN)/uv; export VIRTUAL_ENV=$(CURDIR)/.venv; \
-	$$uv pip install --require-hashes -r requirements.txt && \
+	$$uv pip install --quiet --require-hashes -r requirements.txt && \
 	$$uv pip install --quiet --no-deps --no-build-isolation --editable .
 	@touch $@
 

@@ -1,4 +1,4 @@
-"""Tests run on eight simulated CPU devices, unless the environment already chose; set before jax starts."""
+"""Tests run on eight simulated CPU devices, unless the environment already names others."""
 
 import os
 

@@ -4,8 +4,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, get_args
 
-from ropewalk.core.config import leaf_fields
 from ropewalk.train.run import Run
+
+from ropewalk.core.config import leaf_fields
 
 LIST = Path(__file__).with_suffix(".txt")
 

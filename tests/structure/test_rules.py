@@ -88,6 +88,8 @@ HONEST: list[tuple[rules.Rule, str, str]] = [
     (FAMILY, "models/llama.py", "kind = 'llama'\ndef llama(): ..."),
     (FAMILY, "layers/a.py", '"""Depth. llama has a unit of 1."""'),
     (FAMILY, "layers/a.py", "scaling = 'llama3'\ndef rope_llama3(): ..."),
+    (FAMILY, "layers/a.py", "harmless = {'is_llama_config', 'LlamaTokenizer'}"),
+    (FAMILY, "text/parts.py", "kind = 'llama'"),
     (FAMILY, "recipes/a.py", "kind = 'llama'"),
     (rules.forbidden_name, "data/a.py", "import yaml\nyaml.safe_load(text)"),
     (rules.forbidden_name, "data/a.py", "torchlike = 1\nfrom flax import nnx\nnnx.Module"),

@@ -1,4 +1,4 @@
-"""`import ropewalk` and `ropewalk --help` answer at once: no array library, half a second of CPU."""
+"""`import ropewalk` and `ropewalk --help` answer at once: no array library, little CPU time."""
 
 import json
 import subprocess

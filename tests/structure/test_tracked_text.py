@@ -15,7 +15,7 @@ ELSEWHERE = re.compile(
 
 
 def tracked() -> list[Path]:
-    """The files git has or would add; without git (an unpacked archive), all that are not hidden."""
+    """The files git has or would add; without git (an unpacked archive), all not hidden."""
     if (ROOT / ".git").exists():
         command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
         listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
@@ -45,7 +45,7 @@ def test_an_address_or_a_machine_path_is_found(text: str) -> None:
 
 
 def test_ordinary_text_is_left_alone() -> None:
-    assert not offences("s3://bucket" + "/work/run and ~" + "/work/x, pypiorg, the root/ folder")
+    assert not offences("s3://bucket/" + "work/run and ~/" + "work/x, pypiorg, the root/ folder")
 
 
 def test_tracked_files_name_no_registry_and_no_machine() -> None:

@@ -1,4 +1,4 @@
-"""Hugging Face model directories: config, weights, tokenizer files, in and out. Pickles are never read.
+"""Hugging Face model directories, in and out: config, weights, tokenizer. No pickle is read.
 
 Knows no family: the config is a plain dict, the weights are tensors by name.
 """
@@ -33,7 +33,10 @@ _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
 class Directory(NamedTuple):
-    """What a model directory holds. Tensors are read when asked for, the tokenizer by the caller."""
+    """What a model directory holds.
+
+    Tensors are read when asked for, the tokenizer by the caller.
+    """
 
     config: dict[str, Any]
     reader: safetensors.Reader
@@ -50,10 +53,15 @@ class Tokenizer(Protocol):
 
 
 def read(directory: str | Path) -> Directory:
-    """Opens a model directory. Raises ModelError when a part is absent, unsound, quantized, or lies outside it."""
+    """Opens a model directory.
+
+    Raises ModelError when a part is absent, unsound, quantized, or lies outside it.
+    """
     root = Path(directory)
     if not root.is_dir():
-        raise ModelError(f"{root}: is not a directory that can be entered; a model is a directory with {CONFIG}")
+        raise ModelError(
+            f"{root}: is not a directory that can be entered; a model is a directory with {CONFIG}"
+        )
     config = read_config(root)
     _refuse_pickles(root)
     reader = safetensors.Reader(root)
@@ -61,20 +69,26 @@ def read(directory: str | Path) -> Directory:
     for path in present:
         safetensors.regular_file(path, root)
     generation = root / GENERATION_CONFIG
-    generation_config = safetensors.read_json(generation, root) if os.path.lexists(generation) else None
+    generation_config = (
+        safetensors.read_json(generation, root) if os.path.lexists(generation) else None
+    )
     return Directory(config, reader, present, generation_config)
 
 
 def read_config(directory: str | Path) -> dict[str, Any]:
-    """The `config.json` of a model directory. Raises ModelError, also when it says that the weights are quantized."""
+    """The `config.json` of a model directory.
+
+    Raises ModelError, also when it says that the weights are quantized.
+    """
     path = Path(directory) / CONFIG
     config = safetensors.read_json(path, path.parent)
     quantization = config.get("quantization_config")
     if quantization is not None:
-        method = quantization.get("quant_method", quantization) if isinstance(quantization, dict) else quantization
+        named = isinstance(quantization, dict) and "quant_method" in quantization
+        method = quantization["quant_method"] if named else quantization
         raise ModelError(
-            f"{path}: `quantization_config` says the weights are {method!r}, which is not supported; "
-            "use a checkpoint in float32, bfloat16 or float16"
+            f"{path}: `quantization_config` says the weights are {method!r:.80}, which is not "
+            "supported; use a checkpoint in float32, bfloat16 or float16"
         )
     return config
 
@@ -91,8 +105,9 @@ def write(
 ) -> Path:
     """Writes a model directory, whole or not at all; an earlier export in its place is replaced.
 
-    `tokenizer` saves itself, or is a mapping of file names to contents. Raises ModelError when the directory holds
-    anything that an export did not write, when the disk does not take it, or when a value overflows `dtype`.
+    `tokenizer` saves itself, or is a mapping of file names to contents. Raises ModelError when the
+    directory holds anything that an export did not write, when the disk does not take it, or when a
+    value overflows `dtype`.
     """
     target = Path(os.path.abspath(directory))
     check_target(target)
@@ -113,13 +128,13 @@ def write(
             _swap(new, target, Path(temporary) / "old")
     except OSError as error:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-        advice = "free some space, or use dtype bfloat16" if full else "choose a directory that you may write"
-        raise ModelError(f"{directory}: the export cannot be written: {error.strerror}; {advice}") from None
+        advice = "free some space" if full else "choose a directory that you may write"
+        raise ModelError(f"{directory}: cannot be written: {error.strerror}; {advice}") from None
     return target
 
 
 def check_target(directory: str | Path) -> None:
-    """Raises ModelError unless an export may go here: the place is free, empty, or holds an earlier export alone."""
+    """Raises ModelError unless the place is free, empty, or holds only an earlier export."""
     target = Path(directory)
     if not os.path.lexists(target):
         return
@@ -134,7 +149,10 @@ def check_target(directory: str | Path) -> None:
         foreign = foreign or names
     if foreign:
         listed = ", ".join(foreign[:5]) + (" ..." if len(foreign) > 5 else "")
-        raise ModelError(f"{target}: holds what no export of ropewalk wrote ({listed}); choose an empty or new directory")
+        raise ModelError(
+            f"{target}: holds what no export of ropewalk wrote ({listed}); choose an empty or "
+            "new directory"
+        )
 
 
 def _ours(path: Path) -> bool:
@@ -149,9 +167,9 @@ def _refuse_pickles(root: Path) -> None:
     pickles = [name for name in names if name.endswith(_PICKLES)]
     if pickles and not any(name in (safetensors.SINGLE, safetensors.INDEX) for name in names):
         raise ModelError(
-            f"{root}: has its weights only as a pickle ({pickles[0]}), which can run code when it is read and is never "
-            "read here; get the model's safetensors files, or convert it with transformers' "
-            "`from_pretrained(DIR).save_pretrained(NEW_DIR, safe_serialization=True)`"
+            f"{root}: has its weights only as a pickle ({pickles[0]}), which can run code when "
+            "it is read and is never read here; get the model's safetensors files, or convert it "
+            "with transformers' `from_pretrained(DIR).save_pretrained(NEW_DIR, safe_serialization=True)`"
         )
 
 
@@ -159,7 +177,9 @@ def _write_tokenizer(directory: Path, tokenizer: Tokenizer | Mapping[str, bytes]
     if isinstance(tokenizer, Mapping):
         for name, content in tokenizer.items():
             if name not in TOKENIZER_FILES:
-                raise ModelError(f"`{name}` is not a tokenizer file; known are {', '.join(TOKENIZER_FILES)}")
+                raise ModelError(
+                    f"`{name}` is not a tokenizer file; known are {', '.join(TOKENIZER_FILES)}"
+                )
             (directory / name).write_bytes(content)
     else:
         tokenizer.save(directory)

@@ -4,8 +4,11 @@ A step is `DIRECTORY/<step>/`: arrays by path with their global shape, the same 
 device count or scan mode, and a `manifest.json` that is part of the commit. Knows no train state.
 """
 
+import contextlib
 import dataclasses
 import json
+import logging
+import shutil
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -20,6 +23,9 @@ from ropewalk.checkpoint import integrity
 from ropewalk.core import config, paths
 from ropewalk.core.errors import CheckpointError
 from ropewalk.core.log import log
+
+# Orbax logs a failed write up to ten times with its traceback; it also raises it, and so do we.
+logging.getLogger("absl").addFilter(lambda record: "/orbax/" not in record.pathname)
 
 
 class Config(config.Config):
@@ -91,7 +97,9 @@ class Manager:
         """
         self.wait()
         arrays = _flatten(state)
-        manifest = integrity.Manifest(step, recipe, unite(data_state), metrics or {})
+        manifest = integrity.Manifest(
+            step, json.loads(json.dumps(recipe)), unite(data_state), metrics or {}
+        )
         sums = {path: integrity.checksum(array) for path, array in arrays.items()}
         abstract = {
             path: jax.ShapeDtypeStruct(array.shape, array.dtype) for path, array in arrays.items()
@@ -101,10 +109,11 @@ class Manager:
             self._saving = None
             return
         try:
+            self._check_space(arrays)
             self._checkpointer.save(
                 self._directory / str(step), args=ocp.args.PyTreeSave(arrays), force=True
             )
-        except (OSError, ValueError) as error:
+        except Exception as error:
             self._fail(error)
         if wait:
             self.wait()
@@ -200,11 +209,23 @@ class Manager:
         log.warning("checkpoint of step %d exists with other contents and is replaced", step)
         return False
 
+    def _check_space(self, arrays: Mapping[str, jax.Array]) -> None:
+        if "://" in str(self._directory):
+            return
+        needed = sum(array.nbytes for array in arrays.values())
+        free = _gather(shutil.disk_usage(self._directory).free)[0]
+        if free < needed:
+            raise OSError(
+                f"the disk is full: {needed} bytes are needed, {free} are free. Make room, keep "
+                "fewer checkpoints, or move the run directory"
+            )
+
     def _fail(self, error: Exception) -> None:
         step = self._saving.manifest.step if self._saving else None
         self._saving = None
-        if jax.process_index() == 0:
-            self._remove_half_written()
+        with contextlib.suppress(OSError):  # a writer may still be at it; the next start removes it
+            if jax.process_index() == 0:
+                self._remove_half_written()
         raise CheckpointError(
             f"{self._directory}: checkpoint of step {step} could not be saved: {_brief(error)}. "
             f"Checkpoints kept: {', '.join(map(str, self.steps())) or 'none'}"
@@ -238,8 +259,7 @@ class Manager:
 
     def _remove_half_written(self) -> None:
         for path in self._directory.iterdir():
-            half = ocp.path.step.TMP_DIR_SUFFIX in path.name
-            if half or (path.name.isdecimal() and not _committed(path)):
+            if ocp.path.step.TMP_DIR_SUFFIX in path.name:
                 path.rmtree(missing_ok=True)
 
     def _remove_surplus(self) -> None:
@@ -371,12 +391,6 @@ def _directories(root: epath.Path) -> list[int]:
     return sorted(int(name) for name in names if name.isdecimal())
 
 
-def _committed(path: epath.Path) -> bool:
-    """False only where storage without rename (gs://) was cut off in the middle of a save."""
-    marks = (integrity.MANIFEST, ocp.path.atomicity.COMMIT_SUCCESS_FILE)
-    return any((path / mark).exists() for mark in marks)
-
-
 def _damage(arrays: list[str]) -> str | None:
     if not arrays:
         return None
@@ -390,5 +404,7 @@ def _warn_of_fallback(reasons: dict[int, str], chosen: int) -> None:
 
 
 def _brief(error: BaseException) -> str:
-    lines = str(error).strip().splitlines() or [""]
-    return f"{type(error).__name__}: {lines[0][:400]}"
+    """Type and first line of an error of Orbax, whose long lines say what happened at their end."""
+    line = (str(error).strip().splitlines() or [""])[0]
+    text = line if len(line) <= 400 else f"{line[:150]} ... {line[-250:]}"
+    return f"{type(error).__name__}: {text}"

@@ -1,7 +1,7 @@
 """Safetensors files: a strict reader of one file or a sharded directory, and a streaming writer.
 
-Every header is checked whole before a tensor is touched; tensors are memory-mapped, so slicing one reads only the
-slice. Knows no config and no model.
+Every header is checked whole before a tensor is touched; tensors are memory-mapped, so slicing one
+reads only the slice. Knows no config and no model.
 """
 
 import json
@@ -32,15 +32,19 @@ _FLOATS = {
     "BF16": np.dtype(ml_dtypes.bfloat16),
 }
 _BITS = {
-    "BOOL": 8, "U8": 8, "I8": 8, "I16": 16, "U16": 16, "I32": 32, "U32": 32, "I64": 64, "U64": 64, "C64": 64,
-    "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "F8_E5M2": 8, "F8_E4M3": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8,
-    "F16": 16, "BF16": 16, "F32": 32, "F64": 64,
+    "BOOL": 8, "U8": 8, "I8": 8, "U16": 16, "I16": 16, "U32": 32, "I32": 32, "U64": 64, "I64": 64,
+    "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8,
+    "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8, "F16": 16, "BF16": 16, "F32": 32, "F64": 64, "C64": 64,
 }  # fmt: skip
-_NAMES = {np.dtype(np.float32): "F32", np.dtype(np.float16): "F16", np.dtype(ml_dtypes.bfloat16): "BF16"}
+_NAMES = {
+    np.dtype(np.float32): "F32",
+    np.dtype(np.float16): "F16",
+    np.dtype(ml_dtypes.bfloat16): "BF16",
+}
 
 
 class Stored(NamedTuple):
-    """Where a tensor lies: its file, the dtype by the format's name, the shape, first byte and past-the-end byte."""
+    """Where a tensor lies; `start` and `end` are bytes of the file, `dtype` the format's name."""
 
     file: Path
     dtype: str
@@ -55,20 +59,23 @@ class Reader:
     lazy = True
 
     def __init__(self, directory: str | Path) -> None:
-        """Reads and checks every header. Raises ModelError for anything but a whole, sound set of files."""
+        """Reads and checks every header.
+
+        Raises ModelError for anything but a whole, sound set of files.
+        """
         self.place = str(directory)
         self.tensors = _of_directory(Path(directory))
         self.shapes = {name: tensor.shape for name, tensor in self.tensors.items()}
 
     def read(self, name: str) -> np.ndarray:
-        """One tensor, mapped read-only from its file. Raises ModelError when it is not floating point."""
+        """One tensor, mapped read-only from its file.
+
+        Raises ModelError when it is not floating point.
+        """
         tensor = self.tensors[name]
         dtype = _FLOATS.get(tensor.dtype)
         if dtype is None:
-            raise ModelError(
-                f"{tensor.file}: tensor `{name}` has dtype {tensor.dtype}, which is not supported; supported are "
-                f"{', '.join(_FLOATS)}: use a checkpoint that is not quantized"
-            )
+            raise _unsupported(name, tensor)
         if tensor.start == tensor.end:
             return np.empty(tensor.shape, dtype)
         return np.memmap(tensor.file, dtype, "r", tensor.start, tensor.shape)
@@ -77,29 +84,41 @@ class Reader:
 def regular_file(path: Path, root: Path) -> Path:
     """The path with links resolved. Raises ModelError unless it is a regular file inside `root`.
 
-    In a hub cache (`models--NAME/snapshots/REVISION`) the links into the same model's `blobs` are inside.
+    In a hub cache (`models--NAME/snapshots/REVISION`) the links into the same model's `blobs` are
+    inside.
     """
     try:
         real, root = path.resolve(strict=True), root.resolve(strict=True)
         mode = real.stat().st_mode
     except (OSError, ValueError, RuntimeError) as error:
-        raise ModelError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
+        raise ModelError(
+            f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}"
+        ) from None
     if root.parent.name == "snapshots" and root.parent.parent.name.startswith("models--"):
         root = root.parent.parent
     if not real.is_relative_to(root):
-        raise ModelError(f"{path}: leads to {real}, outside of {root}; put the file itself there (cp -L)")
+        raise ModelError(
+            f"{path}: leads to {real}, outside of {root}; put the file itself there (cp -L)"
+        )
     if not stat.S_ISREG(mode):
-        raise ModelError(f"{path}: is a {_kind(mode)}, not a regular file; put the file itself there")
+        raise ModelError(
+            f"{path}: is a {_kind(mode)}, not a regular file; put the file itself there"
+        )
     return real
 
 
 def read_json(path: Path, root: Path) -> dict[str, Any]:
-    """A JSON object from a regular file in `root`. Raises ModelError with file and line when it is not one."""
+    """A JSON object from a regular file in `root`.
+
+    Raises ModelError with file and line when it is not one.
+    """
     real = regular_file(path, root)
     try:
         values = json.loads(real.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
-        raise ModelError(f"{path}:{error.lineno}: not valid JSON: {error.msg} (column {error.colno})") from None
+        raise ModelError(
+            f"{path}:{error.lineno}: not valid JSON: {error.msg} (column {error.colno})"
+        ) from None
     except (OSError, ValueError, RecursionError) as error:
         raise ModelError(f"{path}: cannot be read as JSON: {error}") from None
     if not isinstance(values, dict):
@@ -108,7 +127,10 @@ def read_json(path: Path, root: Path) -> dict[str, Any]:
 
 
 def read_header(path: Path, root: Path) -> tuple[dict[str, Stored], dict[str, str]]:
-    """The tensors and the metadata of one file. Raises ModelError unless header and file agree to the last byte."""
+    """The tensors and the metadata of one file.
+
+    Raises ModelError unless header and file agree to the last byte.
+    """
     real = regular_file(path, root)
     try:
         with real.open("rb") as file:
@@ -122,27 +144,41 @@ def read_header(path: Path, root: Path) -> tuple[dict[str, Stored], dict[str, st
             raise ValueError("it does not begin with `{`")
         header = json.loads(text.decode("utf-8"), object_pairs_hook=_unique)
     except (ValueError, RecursionError) as error:
-        raise _bad(path, f"its header of {length} bytes is not a valid JSON object: {error}") from None
+        raise _bad(
+            path, f"its header of {length} bytes is not a valid JSON object: {error}"
+        ) from None
     metadata = header.pop("__metadata__", {})
-    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+    strings = isinstance(metadata, dict) and all(isinstance(v, str) for v in metadata.values())
+    if not strings:
         raise _bad(path, "`__metadata__` must map strings to strings")
     tensors = {name: _stored(path, real, name, entry, 8 + length) for name, entry in header.items()}
     end = 8 + length
     for name, tensor in sorted(tensors.items(), key=lambda item: item[1][3:]):
         if tensor.start != end:
-            raise _bad(path, f"tensor `{name}` begins at byte {tensor.start}, the one before it ends at {end}")
+            raise _bad(
+                path,
+                f"tensor `{name}` begins at byte {tensor.start}, the one before it ends at {end}",
+            )
         end = tensor.end
     if end != size:
-        raise _bad(path, f"its header describes {end} bytes, the file has {size}: it is truncated or has bytes added")
+        raise _bad(
+            path,
+            f"its header describes {end} bytes, the file has {size}: it is truncated or has "
+            "bytes added",
+        )
     return tensors, metadata
 
 
 def write(
-    directory: Path, tensors: Sequence[Tensor], dtype: str = "float32", max_shard_bytes: int = MAX_SHARD_BYTES
+    directory: Path,
+    tensors: Sequence[Tensor],
+    dtype: str = "float32",
+    max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> list[Path]:
-    """Writes `model.safetensors`, or shards of at most `max_shard_bytes` and their index; returns the paths.
+    """Writes `model.safetensors`, or shards and their index; returns the paths.
 
-    Streams: one tensor is in memory at a time. A tensor larger than the limit gets a shard of its own.
+    Streams: one tensor is in memory at a time. A shard holds at most `max_shard_bytes`; a larger
+    tensor gets one of its own.
     Raises ModelError when a value overflows `dtype`, OSError when the disk does not take it.
     """
     target = np.dtype(dtypes.parse(dtype))
@@ -151,8 +187,9 @@ def write(
     if len(shards) == 1:
         return [_write_file(directory / SINGLE, shards[0], target)]
     names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
-    paths = [_write_file(directory / name, shard, target) for name, shard in zip(names, shards, strict=True)]
-    weight_map = {tensor.name: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
+    files = list(zip(names, shards, strict=True))
+    paths = [_write_file(directory / name, shard, target) for name, shard in files]
+    weight_map = {tensor.name: name for name, shard in files for tensor in shard}
     index = {"metadata": {"total_size": sum(sizes)}, "weight_map": dict(sorted(weight_map.items()))}
     (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     return [*paths, directory / INDEX]
@@ -162,23 +199,32 @@ def _of_directory(directory: Path) -> dict[str, Stored]:
     if os.path.lexists(directory / SINGLE):
         return _supported(read_header(directory / SINGLE, directory)[0])
     if not os.path.lexists(directory / INDEX):
-        raise ModelError(f"{directory}: holds neither {SINGLE} nor {INDEX}; found: {_listing(directory)}")
+        raise ModelError(
+            f"{directory}: holds neither {SINGLE} nor {INDEX}; found: {_listing(directory)}"
+        )
     weight_map = read_json(directory / INDEX, directory).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise ModelError(f"{directory / INDEX}: key `weight_map` must map tensor names to files")
     for name, file in weight_map.items():
         _check_inside(directory / INDEX, name, file)
-    headers = {file: read_header(directory / file, directory)[0] for file in sorted(set(weight_map.values()))}
+    headers = {
+        file: read_header(directory / file, directory)[0]
+        for file in sorted(set(weight_map.values()))
+    }
     tensors: dict[str, Stored] = {}
     for file, header in headers.items():
         for name, tensor in header.items():
             if weight_map.get(name) != file:
                 said = f"in {weight_map[name]}" if name in weight_map else "nowhere"
-                raise ModelError(f"{directory / file}: holds tensor `{name}`, which {INDEX} places {said}")
+                raise ModelError(
+                    f"{directory / file}: holds tensor `{name}`, which {INDEX} places {said}"
+                )
             tensors[name] = tensor
     for name, file in weight_map.items():
         if name not in tensors:
-            raise ModelError(f"{directory / INDEX}: places tensor `{name}` in {file}, which does not hold it")
+            raise ModelError(
+                f"{directory / INDEX}: places tensor `{name}` in {file}, which does not hold it"
+            )
     return _supported(tensors)
 
 
@@ -186,7 +232,8 @@ def _check_inside(index: Path, name: str, file: Any) -> None:
     parts = file.replace("\\", "/").split("/") if isinstance(file, str) else [".."]
     if "" in parts or ".." in parts or "\0" in parts[-1] or not parts[-1].endswith(".safetensors"):
         raise ModelError(
-            f"{index}: `weight_map` places `{name}` in {file!r}; a shard is a .safetensors file inside the directory"
+            f"{index}: `weight_map` places `{name}` in {file!r}; a shard is a .safetensors "
+            "file inside the directory"
         )
 
 
@@ -194,11 +241,15 @@ def _supported(tensors: dict[str, Stored]) -> dict[str, Stored]:
     """The tensors as they are, unless one is in a format that only quantized weights have."""
     for name, tensor in tensors.items():
         if tensor.dtype.startswith(("F4", "F6", "F8")):
-            raise ModelError(
-                f"{tensor.file}: tensor `{name}` has dtype {tensor.dtype}, which is not supported; supported are "
-                f"{', '.join(_FLOATS)}: use a checkpoint that is not quantized"
-            )
+            raise _unsupported(name, tensor)
     return tensors
+
+
+def _unsupported(name: str, tensor: Stored) -> ModelError:
+    return ModelError(
+        f"{tensor.file}: tensor `{name}` has dtype {tensor.dtype}, which is not supported; "
+        f"supported are {', '.join(_FLOATS)}: use a checkpoint that is not quantized"
+    )
 
 
 def _header_length(file: BinaryIO, path: Path, size: int) -> int:
@@ -217,12 +268,23 @@ def _stored(path: Path, real: Path, name: str, entry: Any, begin: int) -> Stored
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     bits = _BITS.get(dtype) if isinstance(dtype, str) else None
     if bits is None:
-        raise _bad(path, f"tensor `{name}` has dtype {dtype!r}, which is unknown; supported are {', '.join(_FLOATS)}")
+        raise _bad(
+            path,
+            f"tensor `{name}` has dtype {dtype!r}, which is unknown; supported are "
+            f"{', '.join(_FLOATS)}",
+        )
     if not _sizes(shape) or not _sizes(offsets) or len(offsets) != 2:
-        raise _bad(path, f"tensor `{name}` has shape {shape!r} and data_offsets {offsets!r}, expected whole numbers")
+        raise _bad(
+            path,
+            f"tensor `{name}` has shape {shape!r} and data_offsets {offsets!r}, expected whole "
+            "numbers",
+        )
     if (offsets[1] - offsets[0]) * 8 != math.prod(shape) * bits:
         wanted = f"{dtype} {shape} takes {math.prod(shape) * bits // 8} bytes"
-        raise _bad(path, f"tensor `{name}`: {wanted}, data_offsets {offsets} give {offsets[1] - offsets[0]}")
+        raise _bad(
+            path,
+            f"tensor `{name}`: {wanted}, data_offsets {offsets} give {offsets[1] - offsets[0]}",
+        )
     return Stored(real, dtype, tuple(shape), begin + offsets[0], begin + offsets[1])
 
 
@@ -234,7 +296,8 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     values = dict(pairs)
     if len(values) != len(pairs):
         names = [name for name, _ in pairs]
-        raise ValueError(f"key `{next(name for name in names if names.count(name) > 1)}` occurs twice")
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"key `{twice}` occurs twice")
     return values
 
 
@@ -255,18 +318,26 @@ def _write_file(path: Path, tensors: Iterable[Tensor], dtype: np.dtype) -> Path:
     end = 0
     for tensor in tensors:
         start, end = end, end + math.prod(tensor.shape) * dtype.itemsize
-        header[tensor.name] = {"dtype": _NAMES[dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
+        header[tensor.name] = {
+            "dtype": _NAMES[dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [start, end],
+        }
     text = json.dumps(header, separators=(",", ":")).encode("utf-8")
     text += b" " * (-len(text) % 8)  # tensors begin at a multiple of 8
     with path.open("xb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for tensor in tensors:
-            array = np.empty(tensor.shape, dtype)
-            cast(tensor.value(), array, tensor.name)
-            file.write(array.reshape(-1).view(np.uint8).data)
+            file.write(_bytes(tensor, dtype))
         file.flush()
         os.fsync(file.fileno())
     return path
+
+
+def _bytes(tensor: Tensor, dtype: np.dtype) -> memoryview:
+    array = np.empty(tensor.shape, dtype)
+    cast(tensor.value(), array, tensor.name)
+    return array.reshape(-1).view(np.uint8).data
 
 
 def _listing(directory: Path) -> str:
@@ -286,4 +357,6 @@ def _kind(mode: int) -> str:
 
 
 def _bad(path: Path, problem: str) -> ModelError:
-    return ModelError(f"{path}: not a sound safetensors file: {problem}; download or export it again")
+    return ModelError(
+        f"{path}: not a sound safetensors file: {problem}; download or export it again"
+    )

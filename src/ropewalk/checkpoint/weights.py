@@ -1,9 +1,11 @@
-"""Weights in and out by a family's rules, streamed: host memory stays at the model plus the largest tensor.
+"""Weights in and out by a family's rules; host memory peaks at the model plus one tensor.
 
-Knows neither families nor file formats: a `Reader` gives tensors by name, a `Tensor` is one that a writer asks for.
+Knows neither families nor file formats: a `Reader` gives tensors by name, a `Tensor` is one that a
+writer asks for.
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Protocol
@@ -38,7 +40,7 @@ class Reader(Protocol):
 
     @property
     def lazy(self) -> bool:
-        """Whether `read` costs nothing until the array is sliced, so that reading it again for each device is fine."""
+        """Whether `read` costs nothing until the array is sliced."""
         ...
 
     def read(self, name: str) -> np.ndarray:
@@ -48,7 +50,7 @@ class Reader(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Tensor:
-    """A tensor on its way out: name and shape are known, the values are made when `value` is called."""
+    """A tensor on its way out: its values are made when `value` is called."""
 
     name: str
     shape: tuple[int, ...]
@@ -62,11 +64,13 @@ def load_into(
     shardings: Mapping[str, jax.sharding.Sharding] | None = None,
     dtype: str | None = None,
 ) -> dict[str, jax.Array]:
-    """Fills every parameter of `table` from `reader`; by path, placed by `shardings` (default: the first device).
+    """Every parameter of `table` by path, filled from `reader`.
 
-    `dtype` (float32, bfloat16, float16) replaces the dtype that the table names. Each device's part is filled layer by
-    layer in its own buffer, so a process reads and holds only what its devices need.
-    Raises ModelError when tensors are missing, unexpected or misshapen, or when values overflow the dtype.
+    `shardings` places them (default: the first device). `dtype` (float32, bfloat16, float16)
+    replaces the dtype that the table names. Each device's part is filled layer by layer in its own
+    buffer, so a process reads and holds only what its devices need.
+    Raises ModelError when tensors are missing, unexpected or misshapen, or when values overflow the
+    dtype.
     """
     entries = expand(rules, table)
     check(reader, rules, entries)
@@ -82,10 +86,12 @@ def load_into(
 
 
 def check(reader: Reader, rules: Iterable[Rule], entries: Iterable[Entry]) -> None:
-    """Raises ModelError unless the reader's tensors are those of `entries`, first five differences listed."""
-    wanted = {entry.source: tuple(entry.op.source_shape(entry.shape)) for entry in entries}
+    """Raises ModelError, first five differences listed, unless the reader has these entries."""
+    wanted = {entry.source: entry.op.source_shape(entry.shape) for entry in entries}
     tied = {rule.source: rule.tied for rule in rules if rule.tied and rule.source not in wanted}
-    missing = [f"{name} {list(shape)}" for name, shape in wanted.items() if name not in reader.shapes]
+    missing = [
+        f"{name} {list(shape)}" for name, shape in wanted.items() if name not in reader.shapes
+    ]
     unexpected = [
         f"{name} {list(shape)}"
         for name, shape in reader.shapes.items()
@@ -99,19 +105,24 @@ def check(reader: Reader, rules: Iterable[Rule], entries: Iterable[Entry]) -> No
     problems = {"missing": missing, "unexpected": unexpected, "of another shape": misshapen}
     found = [f"{len(names)} {kind}: {_first(names)}" for kind, names in problems.items() if names]
     if found:
-        advice = "the config does not describe these weights; check hidden_size, num_hidden_layers, vocab_size, "
-        advice += "tie_word_embeddings and model_type in it"
-        raise ModelError(f"{reader.place}: tensors differ from the model's; {'; '.join(found)}; {advice}")
+        advice = "check model_type, hidden_size, num_hidden_layers, vocab_size and "
+        advice += "tie_word_embeddings in the config, which does not describe these weights"
+        raise ModelError(
+            f"{reader.place}: tensors differ from the model's; {'; '.join(found)}; {advice}"
+        )
     for source, twin in tied.items():
         if source in reader.shapes and not _equal(reader, source, twin):
             raise ModelError(
                 f"{reader.place}: `{source}` {list(reader.shapes[source])} differs from `{twin}` "
-                f"{list(reader.shapes[twin])} though the config ties them; set tie_word_embeddings to false to use both"
+                f"{list(reader.shapes[twin])} though the config ties them; set "
+                "tie_word_embeddings to false to use both"
             )
 
 
-def export(params: Mapping[str, Any], rules: Iterable[Rule], table: Mapping[str, Spec]) -> list[Tensor]:
-    """The tensors of a checkpoint of this model; the values are made from one layer of a parameter when asked for.
+def export(
+    params: Mapping[str, Any], rules: Iterable[Rule], table: Mapping[str, Spec]
+) -> list[Tensor]:
+    """The tensors of a checkpoint of this model, each made from one layer when asked for.
 
     `params` holds jax or numpy arrays by path. Raises ModelError when one is missing or misshapen.
     """
@@ -125,15 +136,20 @@ def export(params: Mapping[str, Any], rules: Iterable[Rule], table: Mapping[str,
     if wrong:
         raise ModelError(f"{len(wrong)} parameters are missing or misshapen: {_first(wrong)}")
 
-    def tensor(entry: Entry) -> Tensor:
-        shape = tuple(entry.op.source_shape(entry.shape))
-        return Tensor(entry.source, shape, lambda: entry.op.write(_layer(params[entry.path], entry.index)))
+    def values(entry: Entry) -> np.ndarray:
+        return entry.op.write(_layer(params[entry.path], entry.index))
 
-    return [tensor(entry) for entry in entries]
+    return [
+        Tensor(entry.source, entry.op.source_shape(entry.shape), functools.partial(values, entry))
+        for entry in entries
+    ]
 
 
 def cast(source: np.ndarray, target: np.ndarray, name: str) -> None:
-    """Copies `source` into `target` of the same shape. Raises ModelError when a finite value becomes infinite."""
+    """Copies `source` into `target` of the same shape.
+
+    Raises ModelError when a finite value becomes infinite.
+    """
     with np.errstate(over="ignore"):
         target[...] = source
     if _largest(target.dtype) < _largest(source.dtype):
@@ -141,43 +157,49 @@ def cast(source: np.ndarray, target: np.ndarray, name: str) -> None:
         if lost:
             largest = float(np.max(np.abs(source), where=np.isfinite(source), initial=0))
             raise ModelError(
-                f"tensor `{name}`: {lost} values up to {largest:.4g} overflow {target.dtype} (largest "
-                f"{_largest(target.dtype):.4g}); use dtype bfloat16 or float32"
+                f"tensor `{name}`: {lost} values up to {largest:.4g} overflow {target.dtype}, "
+                f"which ends at {_largest(target.dtype):.4g}; use dtype bfloat16 or float32"
             )
 
 
 def _parameter(
-    reader: Reader, entries: list[Entry], shape: tuple[int, ...], dtype: np.dtype, sharding: jax.sharding.Sharding | None
+    reader: Reader,
+    entries: list[Entry],
+    shape: tuple[int, ...],
+    dtype: np.dtype,
+    sharding: jax.sharding.Sharding | None,
 ) -> jax.Array:
     whole = tuple(slice(0, size) for size in shape)
     if sharding is None:
         return jax.device_put(_filled(reader, entries, dtype, whole))
 
-    def part(index: tuple[slice, ...] | None) -> np.ndarray:
-        bounds = (range(*piece.indices(size)) for piece, size in zip(index or whole, shape, strict=True))
-        return _filled(reader, entries, dtype, tuple(slice(bound.start, bound.stop) for bound in bounds))
+    def part(index: Window | None) -> np.ndarray:
+        pieces = zip(index or whole, shape, strict=True)
+        bounds = [piece.indices(size) for piece, size in pieces]
+        window = tuple(slice(start, stop) for start, stop, _ in bounds)
+        return _filled(reader, entries, dtype, window)
 
     if reader.lazy:
         return jax.make_array_from_callback(shape, sharding, part)
     full = part(whole)  # decoded once, not once a device
-    return jax.make_array_from_callback(shape, sharding, lambda index: full[index if index is not None else ...])
+    return jax.make_array_from_callback(shape, sharding, lambda index: full[index or whole])
 
 
 def _filled(reader: Reader, entries: list[Entry], dtype: np.dtype, window: Window) -> np.ndarray:
     """The part of a stacked parameter that lies in `window`; layers outside it are not read."""
     out = _aligned(tuple(piece.stop - piece.start for piece in window), dtype)
     for entry in entries:
-        stacked, inner = window[: len(entry.index)], window[len(entry.index) :]
-        if not all(piece.start <= i < piece.stop for i, piece in zip(entry.index, stacked, strict=True)):
-            continue
-        place = tuple(i - piece.start for i, piece in zip(entry.index, stacked, strict=True))
-        part = entry.op.read(reader.read(entry.source), entry.shape)[inner]
-        cast(part, out[(*place, ...)], entry.source)
+        depth = len(entry.index)
+        pairs = list(zip(entry.index, window[:depth], strict=True))
+        if all(piece.start <= i < piece.stop for i, piece in pairs):
+            place = tuple(i - piece.start for i, piece in pairs)
+            part = entry.op.read(reader.read(entry.source), entry.shape)[window[depth:]]
+            cast(part, out[(*place, ...)], entry.source)
     return out
 
 
 def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    """An uninitialised array at a 64-byte boundary: jax on CPU takes such a buffer as it is, without a copy."""
+    """An uninitialised array at a 64-byte boundary, which jax on CPU takes without a copy."""
     size = math.prod(shape) * dtype.itemsize
     raw = np.empty(size + 64, np.uint8)
     start = -raw.ctypes.data % 64

@@ -1,9 +1,15 @@
 """Files that are either whole or absent: written beside their place, flushed, then renamed."""
 
 import contextlib
+import fcntl
 import os
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
+
+from ropewalk.core.errors import UserError
+
+LOCK = ".lock"
 
 
 def write_atomic(path: str | Path, content: str | bytes) -> None:
@@ -31,3 +37,18 @@ def private_dir(path: str | Path) -> Path:
     path.mkdir(parents=True, exist_ok=True, mode=0o700)
     path.chmod(0o700)
     return path
+
+
+@contextlib.contextmanager
+def owned(directory: str | Path) -> Iterator[None]:
+    """While inside, no other process may own the directory; a killed owner leaves it free. Raises UserError when one does."""
+    path = Path(directory)
+    path.mkdir(parents=True, exist_ok=True)
+    with (path / LOCK).open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UserError(
+                f"{path}: another process is running there; wait for it, stop it, or choose another `directory`"
+            ) from None
+        yield

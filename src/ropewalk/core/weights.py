@@ -1,7 +1,7 @@
 """Invertible rules between the tensors of a Hugging Face checkpoint and the parameters of a model.
 
-A family writes one tuple of `Rule`; import, export and GGUF all read it. The operations are driven by the shape
-of the parameter, so a rule holds no numbers. Knows no model and no file format.
+A family writes one tuple of `Rule`; import, export and GGUF all read it. The operations are driven
+by the shape of the parameter, so a rule holds no numbers. Knows no model and no file format.
 """
 
 import dataclasses
@@ -19,10 +19,12 @@ Shape = tuple[int, ...]
 
 @dataclasses.dataclass(frozen=True)
 class Op:
-    """An invertible array operation between a file's tensor and one layer's parameter of a given shape.
+    """An invertible operation between a file's tensor and one layer's parameter of a given shape.
 
-    `read` and `write` return views where numpy can, so that a caller who then slices touches only that slice of the
-    file. A family with another arrangement (interleaved heads, transposed experts) defines its own Op beside its rules.
+    `read` and `write` return views where numpy can, so that a caller who then slices touches only
+    that slice of the file. A family with another arrangement (interleaved heads, say) defines its
+    own Op beside its rules; one with another numbering (experts) extends `expand`, the only place
+    where a rule becomes entries.
     """
 
     source_shape: Callable[[Shape], Shape]  # parameter shape -> shape of the tensor in the file
@@ -56,20 +58,23 @@ class Rule:
     """One kind of tensor: its name in a checkpoint, our path, and the operation between them.
 
     `{i}` in `source` is the number of the layer over the whole model; `*` in `path` stands for the
-    `segments.S.B` of a stack, e.g. `model.layers.{i}.mlp.up_proj.weight` and `layers.*.mlp.up.weight`.
-    A rule whose path the model does not have (biases, an untied head) says nothing about that model.
+    `segments.S.B` of a stack, e.g. `model.layers.{i}.mlp.up_proj.weight` and
+    `layers.*.mlp.up.weight`. A rule whose path the model does not have (biases, an untied head)
+    says nothing about that model.
     """
 
     source: str
     path: str
     op: Op = COPY
-    gguf: str = ""  # what a GGUF file did to this tensor beside renaming: "rope_pairs" = rows interleaved
-    tied: str = ""  # without our own parameter, a file may still hold this tensor if it equals that source
+    # What a GGUF file did to the tensor beside renaming it; "rope_pairs": rotary pairs interleaved.
+    gguf: str = ""
+    # Where the model has no such parameter, a file may hold the tensor if it equals this source.
+    tied: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """A rule at work on one tensor: `parameter[index]`, of `shape`, is `op.read` of the tensor named `source`."""
+    """A rule at work on one tensor: `op.read` of `source` is `parameter[index]`, of `shape`."""
 
     source: str
     path: str
@@ -79,7 +84,7 @@ class Entry:
 
 
 def expand(rules: Iterable[Rule], table: Mapping[str, Spec]) -> list[Entry]:
-    """One entry for each tensor of the checkpoint of a model with this table, in the order of the rules.
+    """One entry for each tensor in the checkpoint of a model with this table, ordered by rule.
 
     Raises ModelError when a parameter is covered by no rule, or by two.
     """
@@ -89,7 +94,9 @@ def expand(rules: Iterable[Rule], table: Mapping[str, Spec]) -> list[Entry]:
         for path, layers in _targets(rule, table).items():
             if path in covered:
                 both = f"`{covered[path].source}` and `{rule.source}`"
-                raise ModelError(f"parameter `{path}` is filled by two weight rules, {both}; remove one")
+                raise ModelError(
+                    f"parameter `{path}` is filled by two weight rules, {both}; remove one"
+                )
             covered[path] = rule
             shape = table[path].shape
             if layers is None:
@@ -102,12 +109,15 @@ def expand(rules: Iterable[Rule], table: Mapping[str, Spec]) -> list[Entry]:
     bare = [path for path in table if path not in covered]
     if bare:
         listed = ", ".join(f"`{path}`" for path in bare[:5])
-        raise ModelError(f"{len(bare)} parameters have no weight rule: {listed}; add them to the family's WEIGHTS")
+        raise ModelError(
+            f"{len(bare)} parameters have no weight rule: {listed}; add them to the family's "
+            "WEIGHTS"
+        )
     return entries
 
 
 def layer_numbers(stack: str, table: Mapping[str, Spec]) -> dict[tuple[int, int], range]:
-    """For each (segment, block) of the stack at path `stack`: the model-wide layer number of every repeat.
+    """For each (segment, block) of a stack: the model-wide layer number of every repeat.
 
     Blocks of a unit follow one another, units repeat, segments come in order.
     """
@@ -119,7 +129,10 @@ def layer_numbers(stack: str, table: Mapping[str, Spec]) -> dict[tuple[int, int]
             segment, block = int(found[1]), int(found[2])
             units.setdefault(segment, set()).add(block)
             if repeats.setdefault(segment, spec.shape[0]) != spec.shape[0]:
-                raise ModelError(f"parameter `{path}` stacks {spec.shape[0]} layers, its segment {repeats[segment]}")
+                raise ModelError(
+                    f"parameter `{path}` stacks {spec.shape[0]} layers, its segment "
+                    f"{repeats[segment]}"
+                )
     numbers: dict[tuple[int, int], range] = {}
     first = 0
     for segment in sorted(units):
@@ -131,7 +144,7 @@ def layer_numbers(stack: str, table: Mapping[str, Spec]) -> dict[tuple[int, int]
 
 
 def _targets(rule: Rule, table: Mapping[str, Spec]) -> dict[str, range | None]:
-    """The paths a rule fills, each with its layer numbers; None where the parameter is not stacked."""
+    """The paths a rule fills, each with its layer numbers; None where it is not stacked."""
     stack, star, _ = rule.path.partition(".*.")
     if not star:
         return {rule.path: None} if rule.path in table else {}

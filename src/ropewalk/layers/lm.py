@@ -1,5 +1,6 @@
 """The language model around a stack of blocks: tokens in, logits out, one forward for training, prefill and decoding."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,7 +18,7 @@ from ropewalk.layers.norm import RMSNorm
 from ropewalk.layers.stack import Stack, Unit, depth
 from ropewalk.ops import rope
 from ropewalk.ops.matmul import project
-from ropewalk.parallel.axes import shard
+from ropewalk.parallel.axes import kind, shard
 
 
 class LM(nnx.Module):
@@ -84,11 +85,8 @@ class LM(nnx.Module):
 
         Two for every weight of a product and token, and half of the full score and value products of attention.
         """
-        matrices = sum(
-            parameter.size for path, parameter in parameters(self).items() if parameter.ndim > 2 or "head" in path
-        )
-        if self.head is None:
-            matrices += self.embed.weight[...].size
+        matrices = sum(math.prod(spec.shape) for spec in table(self).values() if kind(spec) == "matrix")
+        matrices += self.config.vocab_size * self.config.hidden_size
         attention = depth(self.layers) * 2 * length * self.config.num_attention_heads * self.config.head_dim
         return float(tokens) * (2 * matrices + attention)
 

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from ropewalk.parallel import remat
+from ropewalk.parallel.remat import Remat, wrap
 from ropewalk.parallel.axes import shard
 
 Unit = Sequence[Callable[[nnx.Rngs], nnx.Module]]
@@ -21,7 +21,7 @@ class Stack(nnx.Module):
 
     def __init__(self, plan: Sequence[tuple[Unit, int]], *, rngs: nnx.Rngs):
         self.run = "scan"
-        self.remat: remat.Name = "none"
+        self.remat: Remat = "none"
         self.segments = nnx.List([_segment(unit, repeats, rngs) for unit, repeats in plan])
 
     def __call__(
@@ -71,7 +71,7 @@ class Stack(nnx.Module):
                 reports.append(report)
             return x, reports
 
-        body = remat.wrap(body, self.remat, in_scan=True)
+        body = wrap(body, self.remat, in_scan=True)
         x, reports = jax.lax.scan(lambda x, blocks: body(x, blocks, ctx), x, list(segment))
         return x, reports
 
@@ -79,7 +79,7 @@ class Stack(nnx.Module):
         def call(x, block, ctx, cache):
             return block(shard(x, "batch", "time", "hidden"), ctx, cache)
 
-        call = remat.wrap(call, self.remat, in_scan=False)
+        call = wrap(call, self.remat, in_scan=False)
         written, reports = [], [[] for _ in segment]
         for i in range(repeats(segment)):
             for place, block in enumerate(segment):

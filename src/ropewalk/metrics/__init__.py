@@ -1,1 +1,1 @@
-"""What a run measures of itself, where the numbers go, and the page that shows them. Knows no model and no loop."""
+"""What a run measures of itself, where the numbers go, and the page that shows them."""

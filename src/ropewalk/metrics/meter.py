@@ -1,7 +1,7 @@
-"""Token-weighted means, step times, tokens/s and the share of the hardware's product rate that a run reaches.
+"""Token-weighted means, step times, tokens/s and the share of the hardware's rate that a run gets.
 
-Works on host floats and wall times that the loop hands in: nothing here waits for a device, save the
-one short measurement of a device whose peak no vendor publishes.
+Works on host floats and wall times that the loop hands in: nothing here waits for a device, save
+the one short measurement of a device whose peak no vendor publishes.
 """
 
 import collections
@@ -9,14 +9,15 @@ import dataclasses
 import math
 import time
 from collections.abc import Iterable, Mapping
+from typing import Protocol
 
 import jax
 import jax.numpy as jnp
 
 from ropewalk.core.log import log
 
-# Dense FLOP/s of one jax device, by the start of its `device_kind` (longest match first). TPU: float32
-# products are made of bfloat16 passes, so bfloat16 bounds both. NVIDIA: float32 is the TF32 rate.
+# Dense FLOP/s of one jax device by the start of its `device_kind`, the longest that fits.
+# NVIDIA: float32 is the TF32 rate.
 _PEAKS = {
     "TPU v4": {"bfloat16": 275e12},
     "TPU v5 lite": {"bfloat16": 197e12},
@@ -39,12 +40,34 @@ _MEASURE_S = 0.3
 _measured: dict[tuple[str, int, str], float] = {}
 
 
+class Device(Protocol):
+    """What is asked of a jax device here."""
+
+    @property
+    def device_kind(self) -> str:
+        """The vendor's name of the device, e.g. "TPU v5 lite"."""
+        ...
+
+    @property
+    def platform(self) -> str:
+        """Its backend: "cpu", "gpu" or "tpu"."""
+        ...
+
+    @property
+    def id(self) -> int:
+        """Its number among all devices."""
+        ...
+
+
 @dataclasses.dataclass(frozen=True)
 class Peak:
-    """What utilisation is measured against: FLOP/s of one device, and the honest name of that figure."""
+    """What utilisation is held against: FLOP/s, and the honest name of that figure.
+
+    `basis` reads on from a percentage, e.g. "of this CPU's measured float32 product rate".
+    """
 
     flops: float
-    basis: str  # "of TPU v5e's published bfloat16 peak", "of this CPU's measured float32 product rate"
+    basis: str
     published: bool
 
     @property
@@ -54,7 +77,7 @@ class Peak:
 
 
 class Means:
-    """Weighted means of named `(sum, weight)` pairs, e.g. a loss summed over tokens and their number."""
+    """Weighted means of named `(sum, weight)` pairs, e.g. a loss over tokens and their number."""
 
     def __init__(self) -> None:
         self._pairs: dict[str, tuple[float, float]] = {}
@@ -80,9 +103,10 @@ class Means:
 class Meter:
     """Rates of a run from the wall times at which steps were seen to be done.
 
-    The loop calls `begin` when the first step is sent off, `observe` whenever it has learnt that steps are
-    done (every step or every tenth: no extra waiting), and `aside` for time spent on evaluation, samples or
-    checkpoints between two observations, which belongs to no step. Times are seconds of `time.monotonic`.
+    The loop calls `begin` when the first step is sent off, `observe` whenever it has learnt that
+    steps are done (every step or every tenth: no extra waiting), and `aside` for time spent on
+    evaluation, samples or checkpoints between two observations, which belongs to no step. Times are
+    seconds of `time.monotonic`.
     """
 
     def __init__(
@@ -95,10 +119,10 @@ class Meter:
         started: float | None = None,
         window: int = 20,
     ) -> None:
-        """`flops_per_token` counts forward and backward; `peak_flops` is that of all devices together (0: unknown).
+        """`flops_per_token` counts forward and backward, `peak_flops` all devices (0: unknown).
 
-        `step` and `tokens` are what a resumed run has already done; `started` is when the process began
-        (default: now); rates are taken over the last `window` observations.
+        `step` and `tokens` are what a resumed run has already done; `started` is when the process
+        began (default: now); rates are taken over the last `window` observations.
         """
         self.total_steps = total_steps
         self.flops_per_token = flops_per_token
@@ -117,15 +141,15 @@ class Meter:
         self._begun = self._last = now
 
     def aside(self, kind: str, seconds: float) -> None:
-        """`seconds` since the last observation went to `kind` ("evaluation", "checkpoint", ...), not to steps."""
+        """`seconds` since the last observation went to `kind` ("evaluation" ...), not to steps."""
         self.asides[kind] = self.asides.get(kind, 0.0) + seconds
         self._pending_aside += seconds
 
     def observe(self, step: int, tokens: int, now: float) -> dict[str, float]:
-        """Steps up to `step` are done at `now`, with `tokens` tokens since the last observation (padding left out).
+        """Steps up to `step` are done at `now`, with `tokens` tokens since the last observation.
 
-        Returns tokens (cumulative), step_s and tokens_per_s of the last interval, mfu (if a peak is known), goodput
-        and eta_s. Raises ValueError when `step` has not advanced.
+        Returns tokens (cumulative), step_s and tokens_per_s of the last interval, mfu (if a peak is
+        known), goodput and eta_s. Raises ValueError when `step` has not advanced.
         """
         steps = step - self.step
         if steps <= 0:
@@ -151,7 +175,7 @@ class Meter:
         return self._in_steps / max(now - self._started, 1e-9)
 
     def eta(self, now: float) -> float:
-        """Seconds to the last step: the recent step time, lengthened by the usual share of asides."""
+        """Seconds to the last step: the recent step time and the usual share of asides."""
         if not self._recent:
             return math.nan
         seconds, steps, _ = map(sum, zip(*self._recent, strict=True))
@@ -159,17 +183,19 @@ class Meter:
         return max(self.total_steps - self.step, 0) * seconds / steps * max(overhead, 1.0)
 
 
-def peak_flops(device: jax.Device, dtype: str) -> Peak:
+def peak_flops(device: Device, dtype: str) -> Peak:
     """The dense product rate of one device in `dtype` ("float32", "bfloat16", "float16").
 
-    Published peaks, per jax device, without sparsity: Google Cloud TPU documentation (system architecture
-    pages of v4, v5e, v5p, v6e and TPU7x; a TPU7x chip is two devices), NVIDIA data sheets of A100, H100, H200
-    and B200 (half of the figures given "with sparsity"; float32 is TF32, which is what XLA uses by default).
-    On TPU float32 is held against the bfloat16 peak, of whose passes it is made.
+    Published peaks, per jax device, without sparsity: Google Cloud TPU documentation (system
+    architecture pages of v4, v5e, v5p, v6e and TPU7x; a TPU7x chip is two devices), NVIDIA data
+    sheets of A100, H100, H200 and B200 (half of the figures given "with sparsity"; float32 is TF32,
+    which is what XLA uses by default). On TPU float32 is held against the bfloat16 peak, of whose
+    passes it is made.
 
-    For a CPU, and for a device not in the table, the rate is measured once in this process (about 0.3 s): products of
-    1024 x 1024 matrices in `dtype`, the best of all runs. CPU devices of one process share the machine, so each
-    counts as its share. A busy machine measures low: compare such figures within one machine only.
+    For a CPU, and for a device not in the table, the rate is measured once in this process (about
+    0.3 s): products of 1024 x 1024 matrices in `dtype`, the best of all runs. CPU devices of one
+    process share the machine, so each counts as its share. A busy machine measures low: compare
+    such figures within one machine only.
     """
     kind = next((kind for kind in _KINDS if device.device_kind.startswith(kind)), None)
     if kind is not None:
@@ -187,8 +213,8 @@ def peak_flops(device: jax.Device, dtype: str) -> Peak:
     return Peak(rate, f"of {name}'s measured {dtype} product rate", published=False)
 
 
-def total_peak(devices: Iterable[jax.Device], dtype: str) -> Peak:
-    """The peak of all `devices` together, named after the first; each kind is looked up or measured once."""
+def total_peak(devices: Iterable[Device], dtype: str) -> Peak:
+    """The peak of all `devices` together, named after the first."""
     devices = list(devices)
     first = peak_flops(devices[0], dtype)
     others = (
@@ -198,7 +224,7 @@ def total_peak(devices: Iterable[jax.Device], dtype: str) -> Peak:
     return dataclasses.replace(first, flops=sum(peak.flops for peak in others))
 
 
-def _measured_rate(device: jax.Device, dtype: str) -> float:
+def _measured_rate(device: Device, dtype: str) -> float:
     key = (device.platform, 0 if device.platform == "cpu" else device.id, dtype)
     if key not in _measured:
         size = 1024

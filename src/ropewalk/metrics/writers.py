@@ -1,19 +1,22 @@
-"""Where the numbers of a run go: JSON lines, TensorBoard, wandb and a live line. Only process 0 writes.
+"""Where the numbers of a run go: JSON lines, TensorBoard, wandb, a live line. Process 0 only.
 
-Every writer has the same four methods and takes host floats; none of them decides what is measured or when.
+Every writer has the same four methods and takes host floats; none of them decides what is measured
+or when.
 """
 
+import importlib
 import importlib.metadata
 import json
 import logging
 import math
 import os
 import platform
+import secrets
 import sys
 import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, override
 
 import jax
 from rich.console import Console
@@ -25,6 +28,7 @@ from ropewalk.core import config
 from ropewalk.core.errors import ConfigError
 from ropewalk.core.log import log
 from ropewalk.core.storage import write_atomic
+from ropewalk.metrics.meter import Peak
 
 METRICS_FILE = "metrics.jsonl"
 SAMPLES_FILE = "samples.jsonl"
@@ -45,10 +49,13 @@ class Writer:
     """The interface, and a writer that writes nothing."""
 
     def write(self, step: int, metrics: Mapping[str, Any]) -> None:
-        """Numbers of one step by name; steps never go back. `tokens` and `skipped` count from the run's start."""
+        """Numbers of one step by name; steps never go back.
+
+        `tokens` and `skipped` count from the start of the run.
+        """
 
     def event(self, step: int, name: str, **fields: Any) -> None:
-        """Something that happened at a step: "started", "skipped", "saved", "finished" ..."""
+        """Something that happened at a step: "started" (with `facts`), "skipped", "finished" ..."""
 
     def sample(self, step: int, prompt: str, text: str) -> None:
         """A text the model wrote at a step as the continuation of a prompt."""
@@ -63,18 +70,22 @@ class Writers(Writer):
     def __init__(self, writers: Iterable[Writer]) -> None:
         self.writers = tuple(writers)
 
+    @override
     def write(self, step: int, metrics: Mapping[str, Any]) -> None:
         for writer in self.writers:
             writer.write(step, metrics)
 
+    @override
     def event(self, step: int, name: str, **fields: Any) -> None:
         for writer in self.writers:
             writer.event(step, name, **fields)
 
+    @override
     def sample(self, step: int, prompt: str, text: str) -> None:
         for writer in self.writers:
             writer.sample(step, prompt, text)
 
+    @override
     def close(self) -> None:
         for writer in self.writers:
             writer.close()
@@ -89,8 +100,9 @@ def open_writers(
 ) -> Writers:
     """The writers of a run; on every process but the first an empty set.
 
-    `resumed` is the step of the checkpoint that the run goes on from (None: a fresh run): what was written of later
-    steps is dropped, so that each step is recorded once. Raises ConfigError when wandb is asked for and missing.
+    `resumed` is the step of the checkpoint that the run goes on from (None: a fresh run): what was
+    written of later steps is dropped, so that each step is recorded once. Raises ConfigError when
+    wandb is asked for and missing.
     """
     if jax.process_index() != 0:
         return Writers([])
@@ -107,48 +119,59 @@ def open_writers(
     return Writers(writers)
 
 
-def environment() -> dict[str, Any]:
-    """Device, counts and versions, for the "started" event: what a reader needs to place the numbers."""
+def facts(total_steps: int, peak: Peak | None = None) -> dict[str, Any]:
+    """Fields of the "started" event that every start of a run writes: what places its numbers.
+
+    Steps to do, device, counts, versions, and what `mfu` is held against.
+    """
     device = jax.devices()[0]
-    return {
+    known = {
+        "total_steps": total_steps,
         "device": _cpu_name() if device.platform == "cpu" else device.device_kind,
         "platform": device.platform,
         "devices": jax.device_count(),
         "processes": jax.process_count(),
         "versions": {"python": platform.python_version()} | _versions(),
     }
+    if peak is not None:
+        known |= {"mfu_label": peak.label, "mfu_basis": peak.basis, "peak_flops": peak.flops}
+    return known
 
 
 class JsonLines(Writer):
-    """`metrics.jsonl` (numbers and events) and `samples.jsonl`: one JSON object a line, flushed as written.
+    """`metrics.jsonl` (numbers, events) and `samples.jsonl`: one JSON object a line, flushed.
 
-    A number that is not finite is written as null, so that any JSON parser reads the file. Each line carries
-    `time`, seconds since 1970.
+    A number that is not finite is written as null, so that any JSON parser reads the file. Each
+    line carries `time`, seconds since 1970.
     """
 
     def __init__(self, run_dir: str | Path, resumed: int | None = None) -> None:
         self._metrics = _open_lines(Path(run_dir) / METRICS_FILE, resumed)
         self._samples = _open_lines(Path(run_dir) / SAMPLES_FILE, resumed)
 
+    @override
     def write(self, step: int, metrics: Mapping[str, Any]) -> None:
         self._metrics.write(_line({"step": step, **metrics, "time": _now()}))
 
+    @override
     def event(self, step: int, name: str, **fields: Any) -> None:
         self._metrics.write(_line({"step": step, "event": name, **fields, "time": _now()}))
 
+    @override
     def sample(self, step: int, prompt: str, text: str) -> None:
         self._samples.write(_line({"step": step, "prompt": prompt, "text": text, "time": _now()}))
 
+    @override
     def close(self) -> None:
         self._metrics.close()
         self._samples.close()
 
 
 class TensorBoard(Writer):
-    """Scalars as `train/NAME` and `eval/NAME`, samples and events as text, in a directory of event files.
+    """Event files with scalars as `train/NAME` and `eval/NAME`, samples and events as text.
 
-    Numbers reach the disk within seconds, not at once: after `kill -9` the last few may be missing here, never in
-    metrics.jsonl.
+    Numbers reach the disk within seconds, not at once: after `kill -9` the last few may be missing
+    here, never in metrics.jsonl.
     """
 
     def __init__(self, directory: str | Path, resumed: int | None = None) -> None:
@@ -159,6 +182,7 @@ class TensorBoard(Writer):
             filename_suffix=f".{time.time_ns()}",  # else two starts within a second share one file
         )
 
+    @override
     def write(self, step: int, metrics: Mapping[str, Any]) -> None:
         if self._writer is not None:
             for name, value in metrics.items():
@@ -167,12 +191,15 @@ class TensorBoard(Writer):
                 group, short = ("eval", name[5:]) if name.startswith("eval_") else ("train", name)
                 self._writer.add_scalar(f"{group}/{short}", float(value), step)
 
+    @override
     def event(self, step: int, name: str, **fields: Any) -> None:
         self._text(f"events/{name}", json.dumps(_plain(fields), indent=1), step)
 
+    @override
     def sample(self, step: int, prompt: str, text: str) -> None:
         self._text("samples", f"{prompt}{text}", step)
 
+    @override
     def close(self) -> None:
         if self._writer is not None:
             self._writer.close()
@@ -185,23 +212,25 @@ class TensorBoard(Writer):
 
 
 class Wandb(Writer):
-    """Sends everything to Weights & Biases; the run's id is kept in `wandb_id`, so that a resumed run goes on there.
+    """Sends everything to Weights & Biases; `wandb_id` keeps the id, so that a resumed run goes on.
 
-    wandb keeps the first value it was given for a step, so steps repeated after a kill show their first recording.
+    wandb keeps the first value it was given for a step, so steps repeated after a kill show their
+    first recording.
     """
 
     def __init__(self, project: str, run_dir: str | Path, recipe: Mapping[str, Any]) -> None:
         try:
-            import wandb  # optional dependency
+            wandb: Any = importlib.import_module("wandb")  # optional dependency
         except ImportError:
             raise ConfigError(
-                f"metrics.wandb = {project!r}: the package wandb is not installed; `pip install wandb` installs it, "
-                "or leave the key out (metrics.jsonl and TensorBoard files are written without it)"
+                f"metrics.wandb = {project!r}: the package wandb is not installed; "
+                "`pip install 'ropewalk[wandb]'` installs it, or leave the key out "
+                "(metrics.jsonl and TensorBoard files are written without it)"
             ) from None
         entity, _, name = project.rpartition("/")
         kept = Path(run_dir) / "wandb_id"
         if not kept.exists():
-            write_atomic(kept, wandb.util.generate_id())
+            write_atomic(kept, secrets.token_hex(4))
         self._wandb = wandb
         self._run = wandb.init(
             project=name,
@@ -213,16 +242,20 @@ class Wandb(Writer):
             config=dict(recipe),
         )
 
+    @override
     def write(self, step: int, metrics: Mapping[str, Any]) -> None:
         self._run.log(dict(metrics), step=step)
 
+    @override
     def event(self, step: int, name: str, **fields: Any) -> None:
         self._run.summary[f"event/{name}"] = {"step": step, **_plain(fields)}
 
+    @override
     def sample(self, step: int, prompt: str, text: str) -> None:
         table = self._wandb.Table(columns=["step", "prompt", "text"], data=[[step, prompt, text]])
         self._run.log({"samples": table}, step=step)
 
+    @override
     def close(self) -> None:
         self._run.finish()
 
@@ -241,7 +274,7 @@ class Progress(Writer):
         label: str = "MFU",
         console: Console | None = None,
     ) -> None:
-        """`label` names what `mfu` is held against (`Peak.label`); `started` events may set it later."""
+        """`label` names what `mfu` is held against until a "started" event names it."""
         self._console = console or Console(stderr=True, highlight=False, soft_wrap=True)
         live = self._console.is_terminal if style == "auto" else style == "live"
         self._total, self._every_s, self._label = total_steps, every_s, label
@@ -249,10 +282,12 @@ class Progress(Writer):
         self._live: Live | None = None
         self._streams: list[tuple[logging.StreamHandler[Any], Any]] = []
         if live:
+            plain_stderr = sys.stderr
             self._live = Live(console=self._console, refresh_per_second=4, redirect_stdout=False)
             self._live.start()
-            self._redirect_log()
+            self._redirect_log(plain_stderr)
 
+    @override
     def write(self, step: int, metrics: Mapping[str, Any]) -> None:
         if "eval_loss" in metrics:
             self._print(_eval_line(step, metrics), "bold")
@@ -266,6 +301,7 @@ class Progress(Writer):
             self._print(line)
             self._shown = now
 
+    @override
     def event(self, step: int, name: str, **fields: Any) -> None:
         if name == "started":
             self._label = fields.get("mfu_label", self._label)
@@ -273,11 +309,13 @@ class Progress(Writer):
         told = ", ".join(f"{key} {_short(value)}" for key, value in fields.items())
         self._print(f"step {step:,}  {name}" + (f": {told}" if told else ""), "yellow")
 
+    @override
     def sample(self, step: int, prompt: str, text: str) -> None:
         self._print(f"step {step:,}  the model writes:", "dim")
         shown = Text("  ").append(prompt.replace("\n", "\n  "), "bold")
         self._console.print(shown.append(text.replace("\n", "\n  ")))
 
+    @override
     def close(self) -> None:
         for handler, stream in self._streams:
             handler.setStream(stream)
@@ -301,11 +339,11 @@ class Progress(Writer):
             parts.append(f"{metrics['skipped']:.0f} skipped")
         return "  ".join(parts)
 
-    def _redirect_log(self) -> None:
-        """The project's log was bound to stderr before `Live` took it over; its lines must go above the live one."""
+    def _redirect_log(self, plain_stderr: Any) -> None:
+        """Sends the log above the live line; it was bound to stderr before `Live` took it over."""
         for handler in log.handlers:
-            if isinstance(handler, logging.StreamHandler) and not isinstance(handler, logging.FileHandler):
-                self._streams.append((handler, handler.stream))
+            if isinstance(handler, logging.StreamHandler) and handler.stream is plain_stderr:
+                self._streams.append((handler, plain_stderr))
                 handler.setStream(sys.stderr)
 
 
@@ -330,7 +368,7 @@ def _open_lines(path: Path, resumed: int | None) -> Any:
 
 
 def _keep_until(path: Path, step: int) -> None:
-    """Drops the lines of steps after `step` and whatever is no JSON object (the torn end left by a kill)."""
+    """Drops the lines of steps after `step`, and what is no JSON (a torn end)."""
     lines = path.read_bytes().splitlines(keepends=True)
     kept, torn = [], 0
     for line in lines:
@@ -340,7 +378,9 @@ def _keep_until(path: Path, step: int) -> None:
         elif row["step"] <= step:
             kept.append(line)
     if torn:
-        log.warning("%s: dropped %d unreadable line(s) that an earlier stop left behind", path, torn)
+        log.warning(
+            "%s: dropped %d unreadable line(s) that an earlier stop left behind", path, torn
+        )
     if len(kept) < len(lines):
         write_atomic(path, b"".join(kept))
 
@@ -358,7 +398,7 @@ def _line(row: Mapping[str, Any]) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """A value of JSON's own types; numpy and jax scalars become numbers, what is not finite becomes None."""
+    """The value in JSON's own types; a number that is not finite becomes None."""
     if value is None or isinstance(value, bool | int | str):
         return value
     if isinstance(value, Mapping):

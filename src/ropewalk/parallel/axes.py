@@ -7,6 +7,7 @@ import contextlib
 import contextvars
 import dataclasses
 from collections.abc import Iterator, Mapping
+from typing import Literal
 
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -32,6 +33,8 @@ ACTIVATION_AXES = {
     "hidden": "hidden features, as an activation holds them",
 }
 
+Kind = Literal["matrix", "embedding", "vector"]
+
 
 @dataclasses.dataclass(frozen=True)
 class Placement:
@@ -47,6 +50,14 @@ class Placement:
 
 
 _placement: contextvars.ContextVar[Placement | None] = contextvars.ContextVar("placement", default=None)
+
+
+def kind(spec: Spec) -> Kind:
+    """What a parameter is to an optimizer: a table over the vocabulary, a product's matrix, or a scale or bias."""
+    axes = set(spec.axes) - {"layers"}
+    if "vocab" in axes:
+        return "embedding"
+    return "matrix" if "embed" in axes and len(axes) > 1 else "vector"
 
 
 @contextlib.contextmanager
@@ -92,7 +103,7 @@ def batch_sharding(placement: Placement, batch: int) -> NamedSharding:
     if batch % ways:
         raise LayoutError(
             f"batch of {batch} sequences does not divide over {ways} devices (mesh axes {spec[0]}); "
-            f"set data.batch to a multiple of {ways}, or change layout.mesh"
+            f"set data.batch_size to a multiple of {ways}, or change layout.mesh"
         )
     return NamedSharding(placement.mesh, spec)
 

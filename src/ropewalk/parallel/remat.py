@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 import jax
 
-Name = Literal["none", "full", "dots", "dots_no_batch"]
+Remat = Literal["none", "full", "dots", "dots_no_batch"]
 
 _POLICIES = {
     "full": jax.checkpoint_policies.nothing_saveable,
@@ -14,7 +14,7 @@ _POLICIES = {
 }
 
 
-def wrap(function: Callable[..., Any], name: Name, in_scan: bool) -> Callable[..., Any]:
+def wrap(function: Callable[..., Any], name: Remat, in_scan: bool) -> Callable[..., Any]:
     """`function` with its activations kept (`none`), recomputed (`full`), or all but its products recomputed (`dots`).
 
     `dots_no_batch` keeps the products with parameters and recomputes attention. Inside a scan, the loop itself keeps XLA

@@ -1,0 +1,242 @@
+"""A model with its tokenizer, from whatever names one: a Hugging Face directory, a run, a checkpoint, a GGUF file, a preset."""
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from ropewalk import models
+from ropewalk.checkpoint import gguf, hf, manager, weights
+from ropewalk.checkpoint.integrity import MANIFEST, read_manifest
+from ropewalk.core import dtypes
+from ropewalk.core.errors import ModelError
+from ropewalk.layers.decode import Decoder, Sampling
+from ropewalk.layers.lm import table, with_parameters
+from ropewalk.text import parts
+from ropewalk.text import tokenizer as tokenizers
+from ropewalk.text.tokenizer import StreamDecoder, Tokenizer
+
+# Directories of a run.
+CHECKPOINTS = "checkpoints"
+TOKENIZER = "tokenizer"
+
+
+@dataclasses.dataclass(frozen=True)
+class Generation:
+    """What a model wrote after one prompt."""
+
+    text: str
+    tokens: list[int]
+    logprobs: list[float]
+    """natural logarithm of each token's probability"""
+
+
+@dataclasses.dataclass
+class Pretrained:
+    """Weights in memory, ready to give logits, to write text, and to be saved."""
+
+    family: Any
+    config: Any
+    params: dict[str, jax.Array]
+    tokenizer: Tokenizer | None
+    source: str
+
+    @cached_property
+    def structure(self) -> Any:
+        """The abstract model."""
+        return abstract(self.family, self.config)
+
+    @cached_property
+    def decoder(self) -> Decoder:
+        """What writes; compiled programs are kept in it."""
+        return Decoder(with_parameters(self.structure, self.params))
+
+    def logits(self, tokens: Any) -> np.ndarray:
+        """Logits float32 [b, t, v] of token ids [b, t] (lists, numpy or jax). Raises ModelError for ids out of range."""
+        ids = np.asarray(tokens)
+        if ids.ndim != 2 or not np.issubdtype(ids.dtype, np.integer) or ids.size == 0:
+            raise ModelError(f"tokens are integers [b, t]; these are {ids.dtype} {list(ids.shape)}")
+        if ids.min() < 0 or ids.max() >= self.config.vocab_size:
+            outside = ids.min() if ids.min() < 0 else ids.max()
+            raise ModelError(f"token {outside} is outside the vocabulary of {self.config.vocab_size}")
+        if ids.shape[1] > self.config.max_position_embeddings:
+            raise ModelError(
+                f"{ids.shape[1]} tokens are more than the model's {self.config.max_position_embeddings} positions; "
+                f"shorten the sequence"
+            )
+        return np.asarray(self._logits(self.params, jnp.asarray(ids, jnp.int32)))
+
+    @cached_property
+    def _logits(self) -> Any:
+        return jax.jit(lambda params, ids: with_parameters(self.structure, params)(ids)[0])
+
+    def generate(
+        self, prompts: Sequence[str] | Sequence[Sequence[int]] | str, max_new_tokens: int = 128, **sampling: Any
+    ) -> list[Generation]:
+        """One Generation a prompt: texts, or lists of ids. `sampling`: temperature, top_k, top_p, seed.
+
+        Writing stops at the tokenizer's end token, which is not part of the text. Raises ModelError and ConfigError.
+        """
+        many = [prompts] if isinstance(prompts, str) else list(prompts)
+        ids = [self.encode(prompt) if isinstance(prompt, str) else list(prompt) for prompt in many]
+        settings = Sampling.parse({"max_new_tokens": max_new_tokens, **sampling}, "generate")
+        stops = self.tokenizer.eos_ids if self.tokenizer else ()
+        tokens: list[list[int]] = [[] for _ in ids]
+        logprobs: list[list[float]] = [[] for _ in ids]
+        for emitted in self.decoder.stream(ids, settings, stops) if ids else ():
+            for row, (token, logprob) in enumerate(zip(*emitted, strict=True)):
+                if token is not None:
+                    tokens[row].append(token)
+                    logprobs[row].append(logprob)
+        return [Generation(self.decode(t, stops), t, p) for t, p in zip(tokens, logprobs, strict=True)]
+
+    def stream(self, ids: Sequence[int], sampling: Sampling) -> Iterator[str]:
+        """The text after one prompt, piece by piece; never half a character. Needs a tokenizer."""
+        tokenizer = self.require_tokenizer()
+        decoder = StreamDecoder(tokenizer)
+        for emitted in self.decoder.stream([ids], sampling, tokenizer.eos_ids):
+            token = emitted.tokens[0]
+            if token is not None and token not in tokenizer.eos_ids:
+                yield decoder.feed(token)
+        yield decoder.finish()
+
+    def encode(self, prompt: str) -> list[int]:
+        """A prompt's ids, with BOS where the tokenizer puts it; an empty prompt is BOS alone where there is one."""
+        tokenizer = self.require_tokenizer()
+        ids = tokenizer.encode_prompt(prompt)
+        return ids or ([tokenizer.bos_id] if tokenizer.bos_id is not None else [])
+
+    def decode(self, tokens: Sequence[int], stops: Sequence[int] = ()) -> str:
+        """The text of ids, without the tokens that end it; empty without a tokenizer."""
+        return self.tokenizer.decode([token for token in tokens if token not in stops]) if self.tokenizer else ""
+
+    def require_tokenizer(self) -> Tokenizer:
+        """The tokenizer. Raises ModelError when the source came without one."""
+        if self.tokenizer is None:
+            raise ModelError(f"{self.source}: has no tokenizer; give token ids, or add its tokenizer.json")
+        return self.tokenizer
+
+    def save(self, directory: str | Path, dtype: str | None = None) -> Path:
+        """Writes a Hugging Face directory in `dtype` (by default that of the weights). Raises ModelError."""
+        tensors = weights.export(self.params, self.family.WEIGHTS, table(self.structure))
+        kept = dtype or str(self.params["embed.weight"].dtype)
+        config = self.config.to_hf()
+        if self.tokenizer is not None:
+            eos = self.tokenizer.eos_ids
+            config |= {"bos_token_id": self.tokenizer.bos_id, "eos_token_id": eos[0] if len(eos) == 1 else list(eos) or None}
+            config |= {"pad_token_id": self.tokenizer.pad_id}
+        return hf.write(directory, config, tensors, dtype=kept, tokenizer=self.tokenizer)
+
+
+def abstract(family: Any, config: Any) -> Any:
+    """The model's structure: shapes and axes, no numbers."""
+    return jax.eval_shape(lambda: family.Model(config, rngs=nnx.Rngs(0)))
+
+
+def load(source: str | Path, dtype: str | None = None) -> Pretrained:
+    """The model that `source` names: a Hugging Face directory, a run or one of its checkpoints, a GGUF file, or a preset.
+
+    `dtype` is float32, bfloat16 or float16; by default that of the file (float32 for GGUF and for a preset, whose weights are
+    random with seed 0). Raises ModelError when it is none of these.
+    """
+    kept = None if dtype is None else str(dtypes.parse(dtype))
+    path = Path(source).expanduser()
+    if path.is_file() and path.suffix == ".gguf":
+        return _from_gguf(path, kept or "float32")
+    if path.is_dir():
+        checkpoint = _checkpoint_in(path)
+        return _from_checkpoint(checkpoint, kept) if checkpoint else _from_hf(path, kept)
+    presets = models.presets()
+    if str(source) in presets:
+        return _from_preset(str(source), kept or "float32")
+    raise ModelError(
+        f"`{source}` is no model: give a Hugging Face directory, a run, a .gguf file, or a preset ({', '.join(presets)})"
+    )
+
+
+def describe(path: Path) -> tuple[str, models.Named, dict[str, Any]] | None:
+    """What kind of model a path holds, its family and config, and each stored tensor's record by name; None for no model."""
+    if path.is_file() and path.suffix == ".gguf":
+        file = gguf.read(path)
+        return "GGUF file", models.from_hf(file.config, str(path)), file.tensors
+    if not path.is_dir():
+        return None
+    checkpoint = _checkpoint_in(path)
+    if checkpoint:
+        manifest = read_manifest(checkpoint)
+        return "checkpoint", models.from_recipe(manifest.recipe["model"]), manifest.arrays
+    if not (path / hf.CONFIG).exists():
+        return None
+    directory = hf.read(path)
+    return "Hugging Face directory", models.from_hf(directory.config, str(path / hf.CONFIG)), directory.reader.tensors
+
+
+def _checkpoint_in(path: Path) -> Path | None:
+    """A step's directory: the path itself, or the newest one of a run or of its `checkpoints`."""
+    if (path / MANIFEST).is_file():
+        return path
+    for place in (path, path / CHECKPOINTS):
+        steps = manager.steps(place) if place.is_dir() else []
+        if steps:
+            return place / str(steps[-1])
+    return None
+
+
+def _from_hf(path: Path, dtype: str | None) -> Pretrained:
+    directory = hf.read(path)
+    family, config = models.from_hf(directory.config, str(path / hf.CONFIG))
+    named = directory.config.get("torch_dtype") or directory.config.get("dtype") or "float32"
+    kept = dtype or str(dtypes.parse(named))
+    params = weights.load_into(directory.reader, family.WEIGHTS, table(abstract(family, config)), dtype=kept)
+    tokenizer = tokenizers.load(path) if directory.tokenizer_files else None
+    return Pretrained(family, config, params, tokenizer, str(path))
+
+
+def _from_gguf(path: Path, dtype: str) -> Pretrained:
+    file = gguf.read(path)
+    family, config = models.from_hf(file.config, str(path))
+    params = weights.load_into(file.reader(family.WEIGHTS), family.WEIGHTS, table(abstract(family, config)), dtype=dtype)
+    return Pretrained(family, config, params, _gguf_tokenizer(file.tokenizer, str(path)), str(path))
+
+
+def _gguf_tokenizer(found: dict[str, Any], name: str) -> Tokenizer:
+    known = {"tokens", "merges", "scores", "pre"} & found.keys()
+    flags = {"add_bos": "add_bos_token", "add_space_prefix": "add_space_prefix"}
+    described = parts.Parts(
+        model=found["kind"],
+        token_type=found.get("token_types", ()),
+        **{key: found[key] for key in known},
+        **{ours: found[theirs] for ours, theirs in flags.items() if theirs in found},
+    )
+    ends = [found[key] for key in ("eos_token_id", "eot_token_id") if key in found]
+    roles = tokenizers.Roles(
+        found.get("bos_token_id"), tuple(dict.fromkeys(ends)), found.get("pad_token_id"), found.get("chat_template")
+    )
+    return parts.build(described, roles, name)
+
+
+def _from_checkpoint(path: Path, dtype: str | None) -> Pretrained:
+    manifest = read_manifest(path)
+    family, config = models.from_recipe(manifest.recipe["model"])
+    arrays = manager.read_arrays(path, "params") | manager.read_arrays(path, "frozen")
+    params = {name: jnp.asarray(array, dtype or array.dtype) for name, array in arrays.items()}
+    home = path.parent.parent / TOKENIZER
+    tokenizer = tokenizers.load(home) if home.is_dir() else None
+    return Pretrained(family, config, params, tokenizer, str(path))
+
+
+def _from_preset(name: str, dtype: str) -> Pretrained:
+    family, config = models.presets()[name]
+
+    def make() -> dict[str, jax.Array]:
+        model = family.Model(config, rngs=nnx.Rngs(0))
+        leaves = jax.tree_util.tree_leaves(model)
+        return {path: leaf.astype(dtype) for path, leaf in zip(table(model), leaves, strict=True)}
+
+    return Pretrained(family, config, jax.jit(make)(), None, name)

@@ -1,0 +1,145 @@
+"""Writing text: prefill the prompts, then one token a step, with the compiled programs kept between calls.
+
+Knows no tokenizer: token ids in, token ids out.
+"""
+
+import functools
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pydantic
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from ropewalk.core.config import Config
+from ropewalk.core.errors import ModelError
+from ropewalk.layers.lm import LM, parameters, with_parameters
+from ropewalk.ops.sample import sample
+
+# Prompts and caches are padded to powers of two from here on, so that few programs are compiled.
+_SHORTEST = 32
+
+
+class Sampling(Config):
+    """How tokens are chosen, and when to stop."""
+
+    max_new_tokens: int = pydantic.Field(default=128, ge=1)
+    temperature: float = pydantic.Field(default=0.0, ge=0)
+    """0 takes the most likely token every time"""
+    top_k: int = pydantic.Field(default=0, ge=0)
+    """only the k most likely tokens; 0 = all"""
+    top_p: float = pydantic.Field(default=1.0, gt=0, le=1)
+    """only the most likely tokens that together have this probability"""
+    seed: int = 0
+
+
+class Emitted(NamedTuple):
+    """One step's new token of every sequence that is not finished; None for one that is."""
+
+    tokens: list[int | None]
+    logprobs: list[float | None]
+
+
+class Decoder:
+    """A model made ready to write: one segment a layer, so that each weight is read where it lies."""
+
+    def __init__(self, model: LM):
+        """Takes over `model`, a concrete module; on a device mesh its weights stay as they are placed."""
+        self._mesh = _mesh_of(model)
+        model = _unstacked(model)
+        self.length = model.config.max_position_embeddings
+        self.vocab = model.config.vocab_size
+        self._weights = parameters(model)
+        self._structure = jax.eval_shape(lambda: model)
+        # On a mesh every process must be able to read the tokens.
+        whole = None if self._mesh is None else NamedSharding(self._mesh, PartitionSpec())
+        out = (whole, whole, whole, None)
+        self._prefill = jax.jit(self._first, donate_argnums=3, out_shardings=out)
+        self._decode = jax.jit(self._next, donate_argnums=1, out_shardings=out)
+
+    def refresh(self, model: LM) -> None:
+        """Takes new weights for the same structure, e.g. later in training."""
+        self._weights = parameters(_unstacked(model))
+
+    def stream(self, prompts: Sequence[Sequence[int]], sampling: Sampling, stops: Sequence[int] = ()) -> Iterator[Emitted]:
+        """Yields each step's tokens; a sequence ends with a token of `stops` (yielded too) or at `max_new_tokens`.
+
+        Raises ModelError for an empty prompt, a token the vocabulary lacks, or more tokens than the model has positions.
+        """
+        self._check(prompts, sampling.max_new_tokens)
+        longest = max(map(len, prompts))
+        tokens = np.zeros((len(prompts), _padded(longest)), np.int32)
+        segments = np.zeros_like(tokens)
+        for row, prompt in enumerate(prompts):
+            tokens[row, : len(prompt)] = prompt
+            segments[row, : len(prompt)] = 1
+        ends = np.array([len(prompt) for prompt in prompts], np.int32)
+        cache = self._cache(len(prompts), _padded(longest + sampling.max_new_tokens))
+        knobs = (jnp.float32(sampling.temperature), jnp.int32(sampling.top_k), jnp.float32(sampling.top_p))
+        key = jax.random.key(sampling.seed)
+        state = self._prefill(self._weights, tokens, segments, cache, ends, key, knobs)
+        alive = [True] * len(prompts)
+        for count in range(1, sampling.max_new_tokens + 1):
+            token, logprob, position, cache = state
+            if count < sampling.max_new_tokens:  # dispatched before this step's token is waited for
+                step_key = jax.random.fold_in(key, count)
+                state = self._decode(self._weights, cache, token, position, step_key, knobs)
+            ids, scores = np.asarray(token).tolist(), np.asarray(logprob).tolist()
+            pick = [(i, s) if live else (None, None) for i, s, live in zip(ids, scores, alive, strict=True)]
+            yield Emitted([i for i, _ in pick], [s for _, s in pick])
+            alive = [live and i not in stops for live, i in zip(alive, ids, strict=True)]
+            if not any(alive):
+                return
+
+    def _first(self, weights, tokens, segments, cache, ends, key, knobs):
+        model = with_parameters(self._structure, weights)
+        x, cache, _ = model.hidden(tokens, segment_ids=segments, cache=cache)
+        last = jnp.take_along_axis(x, (ends - 1)[:, None, None], axis=1)[:, 0]
+        token, logprob = sample(model.unembed(last), key, *knobs)
+        return token, logprob, ends, cache
+
+    def _next(self, weights, cache, token, position, key, knobs):
+        model = with_parameters(self._structure, weights)
+        logits, cache, _ = model(token[:, None], position[:, None], cache=cache)
+        token, logprob = sample(logits[:, 0], key, *knobs)
+        return token, logprob, position + 1, cache
+
+    def _cache(self, batch: int, length: int) -> list[Any]:
+        dtype = self._weights["embed.weight"].dtype
+        make = functools.partial(self._structure.init_cache, batch, min(length, self.length), dtype)
+        if self._mesh is None:
+            return make()
+        return jax.jit(make, out_shardings=NamedSharding(self._mesh, PartitionSpec()))()
+
+    def _check(self, prompts: Sequence[Sequence[int]], new: int) -> None:
+        for row, prompt in enumerate(prompts):
+            if not prompt:
+                raise ModelError(f"prompt {row} has no tokens; give at least one (a tokenizer with a BOS token adds it)")
+            if len(prompt) + new > self.length:
+                raise ModelError(
+                    f"prompt {row} has {len(prompt)} tokens and {new} new ones are asked for; the model has "
+                    f"{self.length} positions: shorten the prompt or lower max_new_tokens"
+                )
+            if max(prompt) >= self.vocab or min(prompt) < 0:
+                raise ModelError(f"prompt {row} has token {max(prompt)}; the model's vocabulary is 0 to {self.vocab - 1}")
+
+
+@jax.jit
+def _unstacked(model: LM) -> LM:
+    model.layers = model.layers.unstacked()
+    return model
+
+
+def _mesh_of(model: LM) -> Mesh | None:
+    sharding = model.embed.weight[...].sharding
+    return sharding.mesh if isinstance(sharding, NamedSharding) and sharding.mesh.size > 1 else None
+
+
+def _padded(length: int) -> int:
+    size = _SHORTEST
+    while size < length:
+        size *= 2
+    return size
+

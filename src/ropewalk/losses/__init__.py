@@ -1,0 +1,1 @@
+"""Objectives: `(model, batch, key) -> LossOutput`, every number in it a pair (sum, weight)."""

@@ -1,0 +1,1 @@
+"""Optimizers, schedules and gradient clipping: optax chains over a flat dict of parameters."""

@@ -1,0 +1,50 @@
+"""Muon: momentum whose matrices are orthogonalised by Newton-Schulz iterations, AdamW for all that is no matrix.
+
+kellerjordan.github.io/posts/muon; updates scaled to AdamW's size, so that one learning rate fits both: arXiv:2502.16982.
+"""
+
+from collections.abc import Mapping
+
+import optax
+from optax.contrib import MuonDimensionNumbers
+from optax.contrib import muon as optax_muon
+
+from ropewalk.core.paths import Spec
+from ropewalk.parallel.axes import kind
+
+_ADAMW_RMS = 0.2
+
+
+def build(
+    matrix_rate: optax.Schedule,
+    rate: optax.Schedule,
+    beta1: float,
+    beta2: float,
+    epsilon: float,
+    weight_decay: float,
+    mask: Mapping[str, bool],
+    table: Mapping[str, Spec],
+) -> optax.GradientTransformation:
+    """The transformation for parameters `path -> array`; `mask` says which of them decay."""
+    dims = {path: dimensions(spec) for path, spec in table.items()}
+    return optax_muon(
+        matrix_rate,
+        adam_learning_rate=rate,
+        adam_b1=beta1,
+        adam_b2=beta2,
+        eps=epsilon,
+        weight_decay=weight_decay,
+        weight_decay_mask=dict(mask),
+        adam_weight_decay=weight_decay,
+        muon_weight_dimension_numbers=dims,
+        consistent_rms=_ADAMW_RMS,
+    )
+
+
+def dimensions(spec: Spec) -> MuonDimensionNumbers | None:
+    """Which dims of a parameter are the two sides of its matrix: the hidden features, and all others but `layers`."""
+    if kind(spec) != "matrix":
+        return None
+    hidden = tuple(dim for dim, axis in enumerate(spec.axes) if axis == "embed")
+    other = tuple(dim for dim, axis in enumerate(spec.axes) if axis not in ("embed", "layers"))
+    return MuonDimensionNumbers(*((hidden, other) if hidden[0] < other[0] else (other, hidden)))

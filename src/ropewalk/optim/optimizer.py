@@ -1,0 +1,43 @@
+"""The optimizer a recipe names: clipping, then AdamW or Muon, with weight decay by kind of parameter."""
+
+from collections.abc import Mapping
+from typing import Literal
+
+import optax
+import pydantic
+
+from ropewalk.core.config import Config
+from ropewalk.core.paths import Spec
+from ropewalk.optim import muon
+from ropewalk.optim.schedule import Schedule
+from ropewalk.parallel.axes import Kind, kind
+
+
+class Optimizer(Config):
+    """AdamW (arXiv:1711.05101) for every parameter, or Muon for matrices and AdamW for the rest."""
+
+    kind: Literal["adamw", "muon"] = "adamw"
+    learning_rate: float = pydantic.Field(default=3e-4, gt=0)
+    """at its peak"""
+    schedule: Schedule = Schedule()
+    beta1: float = pydantic.Field(default=0.9, ge=0, lt=1)
+    beta2: float = pydantic.Field(default=0.95, ge=0, lt=1)
+    epsilon: float = pydantic.Field(default=1e-8, gt=0)
+    weight_decay: float = pydantic.Field(default=0.1, ge=0)
+    decayed: tuple[Kind, ...] = ("matrix", "embedding")
+    """the kinds of parameter that decay; vectors are norm scales and biases"""
+    clip: float | None = pydantic.Field(default=1.0, gt=0)
+    """largest global norm of the gradient"""
+    matrix_learning_rate: float | None = pydantic.Field(default=None, gt=0)
+    """muon: the peak for matrices; by default the same, which its updates are scaled for"""
+
+    def build(self, steps: int, table: Mapping[str, Spec]) -> optax.GradientTransformation:
+        """The optax chain for parameters `path -> array` described by `table`, over a run of `steps`."""
+        rate = self.schedule.build(self.learning_rate, steps)
+        mask = {path: kind(spec) in self.decayed for path, spec in table.items()}
+        if self.kind == "muon":
+            matrix_rate = self.schedule.build(self.matrix_learning_rate or self.learning_rate, steps)
+            rule = muon.build(matrix_rate, rate, self.beta1, self.beta2, self.epsilon, self.weight_decay, mask, table)
+        else:
+            rule = optax.adamw(rate, self.beta1, self.beta2, self.epsilon, weight_decay=self.weight_decay, mask=mask)
+        return optax.chain(optax.clip_by_global_norm(self.clip), rule) if self.clip else rule

@@ -1,0 +1,203 @@
+"""From a recipe to the things a run is made of: model, data, optimizer, placement, and the compiled step."""
+
+import dataclasses
+import math
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from jax.experimental import multihost_utils
+
+from ropewalk import models
+from ropewalk.checkpoint import pretrained
+from ropewalk.core.errors import ConfigError, DataError
+from ropewalk.core.paths import Spec
+from ropewalk.data import pipeline
+from ropewalk.data.holdout import Heldout
+from ropewalk.layers.lm import table
+from ropewalk.parallel.axes import Placement, batch_sharding, replicated
+from ropewalk.text import bpe
+from ropewalk.text import tokenizer as tokenizers
+from ropewalk.text.tokenizer import Tokenizer
+from ropewalk.train import state as states
+from ropewalk.train.evaluate import Evaluator
+from ropewalk.train.run import Run
+from ropewalk.train.state import State
+from ropewalk.train.step import make_step
+
+BATCH_DTYPES = {"tokens": "int32", "targets": "int32", "positions": "int32", "segment_ids": "int32", "weights": "float32"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Built:
+    """A run's parts, none of which changes while it runs."""
+
+    run: Run
+    directory: Path
+    named: models.Named
+    structure: Any
+    placement: Placement
+    optimizer: optax.GradientTransformation
+    tokenizer: Tokenizer | None
+    batches: pipeline.Batches
+    heldout: Heldout | None
+    start: pretrained.Pretrained | None
+
+    @property
+    def recipe(self) -> dict[str, Any]:
+        """The resolved recipe, the model's every number in it."""
+        return {**self.run.model_dump(mode="json"), "model": self.model}
+
+    @property
+    def model(self) -> dict[str, Any]:
+        """The model as a recipe could name it."""
+        return {"family": self.named.config.family(), **self.named.config.model_dump(mode="json")}
+
+    @property
+    def table(self) -> dict[str, Spec]:
+        """Every parameter's path, shape, dtype and axes."""
+        return table(self.structure)
+
+    def fresh(self) -> State:
+        """The state before the first step; traceable unless the run starts from a model."""
+        model = _module(self.named, self.run, self.placement)
+        return states.fresh(model, self.optimizer, self.run.weights_dtype)
+
+    def compile_step(self, where: State) -> Any:
+        """The step, compiled before the first batch: `(state, batch) -> (state, metrics)`, with the state donated."""
+        run = self.run
+        step = make_step(
+            self.structure,
+            run.objective,
+            self.optimizer,
+            self.placement,
+            compute=run.compute_dtype,
+            accumulate=run.accumulate,
+            seed=run.seed,
+        )
+        size, length = run.data.batch_size, run.data.length
+        sharding = batch_sharding(self.placement, size)
+        batch = {name: jax.ShapeDtypeStruct((size, length), jnp.dtype(kind)) for name, kind in BATCH_DTYPES.items()}
+        abstract = jax.eval_shape(self.fresh)
+        compiled = jax.jit(
+            step,
+            donate_argnums=0,
+            in_shardings=(where, dict.fromkeys(batch, sharding)),
+            out_shardings=(where, replicated(self.placement)),
+        )
+        return compiled.lower(abstract, batch).compile()
+
+    def place(self, arrays: dict[str, np.ndarray]) -> dict[str, jax.Array]:
+        """This process's rows of a batch, as arrays over the whole mesh."""
+        size = self.run.data.batch_size
+        sharding = batch_sharding(self.placement, size)
+        return {
+            name: jax.make_array_from_process_local_data(sharding, rows, (size, rows.shape[1]))
+            for name, rows in arrays.items()
+        }
+
+    def evaluator(self) -> Evaluator | None:
+        """The held-out split's evaluator, if the recipe holds anything out."""
+        if self.heldout is None or self.tokenizer is None:
+            return None
+        sizes = self.tokenizer.token_bytes()
+        return Evaluator(
+            self.structure, self.run.objective, self.placement, self.run.compute_dtype, self.heldout, sizes
+        )
+
+
+def build(run: Run) -> Built:
+    """Everything a run needs, checked against each other. Raises a UserError that names the keys to change."""
+    directory = Path(run.directory)
+    if directory.exists() and not directory.is_dir():
+        raise ConfigError(f"directory: {directory} is a file; name a directory for the run")
+    placement = run.layout.place()
+    _divides(run, placement)
+    start = pretrained.load(run.model["path"]) if "path" in run.model else None
+    tokenizer = _tokenizer(run, directory, start)
+    named = _named(run, start, tokenizer)
+    process, processes = _rows_of(placement, run.data.batch_size)
+    batches = pipeline.Batches(run.data, tokenizer, process, processes)
+    config = named.config
+    if batches.max_token_id >= config.vocab_size:
+        raise DataError(
+            f"the data has token ids up to {batches.max_token_id} and model.vocab_size is {config.vocab_size}; set it to "
+            f"{batches.max_token_id + 1} or more, or use another tokenizer"
+        )
+    if run.data.length > config.max_position_embeddings:
+        raise ConfigError(
+            f"data.length = {run.data.length} is longer than model.max_position_embeddings = "
+            f"{config.max_position_embeddings}; shorten the one or raise the other"
+        )
+    heldout = None
+    if run.data.holdout is not None and tokenizer is not None:
+        heldout = Heldout(run.data, tokenizer, None, process, processes)
+    structure = jax.eval_shape(lambda: _module(named, run, placement))
+    optimizer = run.optimizer.build(run.steps, table(structure))
+    return Built(run, directory, named, structure, placement, optimizer, tokenizer, batches, heldout, start)
+
+
+def _module(named: models.Named, run: Run, placement: Placement) -> Any:
+    model = named.family.Model(named.config, rngs=nnx.Rngs(run.seed))
+    return run.layout.apply(model, placement.platform)
+
+
+def _named(run: Run, start: pretrained.Pretrained | None, tokenizer: Tokenizer | None) -> models.Named:
+    """Family and config; a vocabulary that is not given is the tokenizer's."""
+    if start is not None:
+        changes = sorted(set(run.model) - {"path"})
+        if changes:
+            raise ConfigError(f"model: `{changes[0]}` cannot be changed in a model that is loaded from `path`; remove it")
+        return models.Named(start.family, start.config)
+    values = dict(run.model)
+    if "family" in values and "vocab_size" not in values and tokenizer is not None:
+        values["vocab_size"] = tokenizer.vocab_size
+    return models.from_recipe(values)
+
+
+def _tokenizer(run: Run, directory: Path, start: pretrained.Pretrained | None) -> Tokenizer | None:
+    """The run's tokenizer, which the first process makes and keeps in the run directory for all."""
+    if jax.process_count() == 1:
+        return _own_tokenizer(run, directory, start)
+    tokenizer = _own_tokenizer(run, directory, start) if jax.process_index() == 0 else None
+    multihost_utils.sync_global_devices("tokenizer")
+    return tokenizer or _own_tokenizer(run, directory, start)
+
+
+def _own_tokenizer(run: Run, directory: Path, start: pretrained.Pretrained | None) -> Tokenizer | None:
+    """Kept from an earlier start, named by the recipe, trained on its text, or that of the model it starts from."""
+    home = directory / pretrained.TOKENIZER
+    if home.is_dir():
+        return tokenizers.load(home)
+    if run.tokenizer.path is not None:
+        tokenizer = tokenizers.load(run.tokenizer.path)
+    elif run.tokenizer.bpe is not None:
+        tokenizer = bpe.train(pipeline.texts(run.data), run.tokenizer.bpe)
+    else:
+        tokenizer = start.tokenizer if start is not None else None
+    if tokenizer is not None:
+        tokenizer.save(home)
+    return tokenizer
+
+
+def _divides(run: Run, placement: Placement) -> None:
+    size, parts = run.data.batch_size, run.accumulate
+    if size % parts:
+        raise ConfigError(f"data.batch_size = {size} does not divide into accumulate = {parts} micro-batches")
+    batch_sharding(placement, size // parts)
+
+
+def _rows_of(placement: Placement, size: int) -> tuple[int, int]:
+    """Which share of a batch's rows lies on this process's devices, as (share, of how many)."""
+    index = batch_sharding(placement, size).addressable_devices_indices_map((size, 1))
+    rows = [entry[0] if entry else slice(None) for entry in index.values()]
+    first = min(row.start or 0 for row in rows)
+    last = max(size if row.stop is None else row.stop for row in rows)
+    count = last - first
+    if size % count or first % count or math.ceil(size / count) * count != size:
+        raise ConfigError(f"layout.mesh gives this process rows {first} to {last} of {size}, which is no even share")
+    return first // count, size // count

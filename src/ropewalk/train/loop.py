@@ -1,0 +1,259 @@
+"""The loop: batches through the compiled step, with evaluation, samples, checkpoints and numbers on their cadence."""
+
+import contextlib
+import dataclasses
+import time
+from collections import deque
+from pathlib import Path
+from typing import Any
+
+import jax
+import yaml
+
+from ropewalk.checkpoint import pretrained
+from ropewalk.checkpoint.manager import Manager
+from ropewalk.core.compilation import keep_programs
+from ropewalk.core.errors import TrainingError
+from ropewalk.core.log import log
+from ropewalk.core.storage import owned, write_atomic
+from ropewalk.layers.decode import Decoder, Sampling
+from ropewalk.layers.lm import with_parameters
+from ropewalk.metrics import writers
+from ropewalk.metrics.meter import Meter, total_peak
+from ropewalk.metrics.report import write_report
+from ropewalk.parallel import distributed
+from ropewalk.train import session
+from ropewalk.train.build import Built, build
+from ropewalk.train.diagnose import first_bad
+from ropewalk.train.run import Run
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """How a run ended."""
+
+    status: str
+    """`finished`, `target` (held-out loss reached), or `stopped` (by a signal; the same command goes on)"""
+    steps: int
+    final_loss: float | None
+    """of the last step, in nats a token; None when no step was left to do"""
+    evaluation: dict[str, float]
+    """of the last evaluation: eval_loss, eval_perplexity, eval_bits_per_byte, eval_accuracy"""
+    directory: Path
+    checkpoint: Path
+    export: Path | None
+    """the Hugging Face directory, if one was asked for"""
+    signal: int | None = None
+
+
+def train(run: Run) -> Result:
+    """Runs a run from its newest checkpoint, or from the start, to its end.
+
+    Raises a UserError for a mistake in the recipe or its files, and TrainingError when it cannot go on; what was saved stays.
+    """
+    started = time.monotonic()
+    distributed.start()
+    keep_programs()
+    directory = Path(run.directory)
+    session.check_directory(directory)
+    with owned(directory) if jax.process_index() == 0 else contextlib.nullcontext():
+        built = build(run)
+        manager = Manager(built.directory / pretrained.CHECKPOINTS, run.checkpoint)
+        try:
+            return _Loop(built, manager, started).run()
+        finally:
+            built.batches.close()
+            manager.close()
+
+
+class _Loop:
+    """The moving parts of one run."""
+
+    def __init__(self, built: Built, manager: Manager, started: float):
+        self.built, self.manager, self.settings = built, manager, built.run
+        self.state, self.where, self.resumed, self.evaluation = session.first_state(built, manager)
+        self.at = self.resumed or 0
+        self.final_loss: float | None = None
+        self.out = writers.open_writers(
+            self.settings.metrics, built.directory, self.settings.steps, self.resumed, built.recipe
+        )
+        if jax.process_index() == 0:
+            write_atomic(built.directory / session.RECIPE, yaml.safe_dump(built.recipe, sort_keys=False))
+        self.rate = self.settings.optimizer.schedule.build(self.settings.optimizer.learning_rate, self.settings.steps)
+        self.evaluator = built.evaluator()
+        self.decoder: Decoder | None = None
+        self.recent: deque[Any] = deque(maxlen=self.settings.stop_after_skipped)
+        peak = total_peak(jax.devices(), self.settings.compute_dtype)
+        flops = 3 * built.structure.flops(1, self.settings.data.length)
+        self.meter = Meter(self.settings.steps, flops, peak.flops, step=self.at, started=started)
+        self.out.event(self.at, "started", **writers.facts(self.settings.steps, peak))
+
+    def run(self) -> Result:
+        try:
+            if self._done():
+                log.info("%s is finished: %d steps. Nothing to do.", self.built.directory, self.at)
+                return self._finish("finished")
+            return self._train()
+        finally:
+            self.out.close()
+
+    def _train(self) -> Result:
+        steps = self.settings.steps
+        if self.resumed is not None:
+            log.info("%s: going on from step %d of %d", self.built.directory, self.at, steps)
+        step = self.built.compile_step(self.where)
+        self._samples()
+        self.meter.begin(time.monotonic())
+        waiting = None
+        with session.signals() as asked:
+            while self.at < steps:
+                batch = next(self.built.batches, None)
+                if batch is None:
+                    self._data_ended(self.at)
+                self.state, metrics = step(self.state, self.built.place(batch.arrays))
+                self.at += 1
+                self.recent.append((self.at, batch))
+                if waiting is not None:  # read one step late, while the next one runs
+                    self._write(*waiting)
+                waiting = (self.at, metrics)
+                stop = asked(self.at)
+                if stop or self._due():
+                    self._pause(*waiting, last=bool(stop))
+                    waiting = None
+                if stop:
+                    self._save(wait=True)
+                    return self._result("stopped", None, stop)
+                if self._done():
+                    break
+        return self._finish("finished" if self.at >= steps else "target")
+
+    def _due(self) -> bool:
+        cadences = (self.settings.evaluate.every, self.settings.samples.every, self.settings.checkpoint.every)
+        return self.at >= self.settings.steps or any(every and self.at % every == 0 for every in cadences)
+
+    def _done(self) -> bool:
+        target = self.settings.evaluate.target_loss
+        reached = target is not None and self.evaluation.get("eval_loss", float("inf")) <= target
+        return self.at >= self.settings.steps or reached
+
+    def _pause(self, at: int, metrics: dict[str, Any], last: bool) -> None:
+        """Evaluation, samples and a checkpoint where they are due; then the numbers of this step with all of it."""
+        every, final = self.settings.evaluate.every, at >= self.settings.steps
+        numbers = self._numbers(at, metrics)
+        if not last and self.evaluator and (final or (every and at % every == 0)):
+            begun = time.monotonic()
+            self.evaluation = self.evaluator(self.state.params, self.built.place)
+            self.meter.aside("evaluation", time.monotonic() - begun)
+            numbers |= self.evaluation
+        self.out.write(at, numbers)
+        if not last and self.settings.samples.every and (final or at % self.settings.samples.every == 0):
+            self._samples()
+        if at % self.settings.checkpoint.every == 0 or self._done():
+            self._save()
+
+    def _write(self, at: int, metrics: dict[str, Any]) -> None:
+        self.out.write(at, self._numbers(at, metrics))
+
+    def _numbers(self, at: int, metrics: dict[str, Any]) -> dict[str, float]:
+        """A step's metrics as host floats; waits for the step. Raises TrainingError when too many were dropped."""
+        values = jax.device_get(metrics)
+        loss, tokens = values["loss"]
+        if tokens == 0:
+            self._data_ended(at - 1)
+        means = {name: float(v[0] / v[1]) for name, v in values.items() if isinstance(v, tuple)}
+        single = {name: float(v) for name, v in values.items() if not isinstance(v, tuple)}
+        row = single.pop("skipped_in_a_row")
+        if row:
+            self.out.event(at, "skipped", in_a_row=int(row), batch=self._names(at))
+            if row >= self.settings.stop_after_skipped:
+                self._give_up(at, int(row))
+        else:
+            self.final_loss = means["loss"]
+        rate = float(self.rate(at - 1 - int(single["skipped"])))
+        return {**means, **single, "learning_rate": rate, **self.meter.observe(at, int(tokens), time.monotonic())}
+
+    def _names(self, at: int) -> list[str]:
+        rows = next((batch.names for step, batch in self.recent if step == at), ())
+        return sorted({name for row in rows for name in row})
+
+    def _give_up(self, at: int, row: int) -> None:
+        self._save(wait=True)
+        where = "of several processes, none can look at every layer alone"
+        batch = next((batch for step, batch in self.recent if step == at), None)
+        if jax.process_count() == 1 and batch is not None:
+            where = first_bad(
+                self.built.structure, self.settings.objective, self.state.params, self.built.place(batch.arrays)
+            )
+        names = self._names(at)
+        raise TrainingError(
+            f"stopped at step {at}: {row} updates in a row had a loss or gradient that is not finite and were dropped "
+            f"(stop_after_skipped = {self.settings.stop_after_skipped}); {where}. The batch held "
+            f"{', '.join(names[:5])}{f' and {len(names) - 5} more' if len(names) > 5 else ''}. The weights are those before "
+            f"the first of them and are saved; lower optimizer.learning_rate, or look at the data"
+        )
+
+    def _data_ended(self, at: int) -> None:
+        self._save(wait=True)
+        raise TrainingError(
+            f"the data ended after step {at} of {self.settings.steps} (data.epochs = {self.settings.data.epochs}); the "
+            f"weights are saved. Lower `steps` to {at}, or raise data.epochs (null repeats for ever)"
+        )
+
+    def _samples(self) -> None:
+        if not self.settings.samples.every or self.built.tokenizer is None:
+            return
+        begun = time.monotonic()
+        model = with_parameters(self.built.structure, self.state.params)
+        if self.decoder is None:
+            self.decoder = Decoder(model)
+        else:
+            self.decoder.refresh(model)
+        wanted = self.settings.samples
+        sampling = Sampling(
+            max_new_tokens=wanted.max_new_tokens, temperature=wanted.temperature, seed=self.settings.seed
+        )
+        for prompt in wanted.prompts:
+            self.out.sample(self.at, prompt, self._continuation(self.decoder, prompt, sampling))
+        self.meter.aside("samples", time.monotonic() - begun)
+
+    def _continuation(self, decoder: Decoder, prompt: str, sampling: Sampling) -> str:
+        tokenizer = self.built.tokenizer
+        if tokenizer is None:
+            return ""
+        ids = tokenizer.encode_prompt(prompt) or list(tokenizer.eos_ids[:1])
+        written = [step.tokens[0] for step in decoder.stream([ids], sampling, tokenizer.eos_ids)]
+        return tokenizer.decode([token for token in written if token is not None and token not in tokenizer.eos_ids])
+
+    def _save(self, wait: bool = False) -> None:
+        begun = time.monotonic()
+        self.manager.save(
+            self.at,
+            self.state.tree(),
+            recipe=self.built.recipe,
+            data_state=self.built.batches.get_state(),
+            metrics=self.evaluation,
+            wait=wait,
+        )
+        self.meter.aside("checkpoint", time.monotonic() - begun)
+
+    def _finish(self, status: str) -> Result:
+        self.manager.wait()
+        self.out.event(self.at, status)
+        export = self._export()
+        if jax.process_index() == 0:
+            write_report(self.built.directory)
+        return self._result(status, export, None)
+
+    def _export(self) -> Path | None:
+        target = self.built.directory / session.EXPORT
+        if self.settings.export == "none" or jax.process_count() > 1:
+            return None
+        family, config = self.built.named
+        done = pretrained.Pretrained(family, config, self.state.params, self.built.tokenizer, str(self.built.directory))
+        return done.save(target, self.settings.export)
+
+    def _result(self, status: str, export: Path | None, stop: int | None) -> Result:
+        checkpoint = self.built.directory / pretrained.CHECKPOINTS / str(self.at)
+        return Result(
+            status, self.at, self.final_loss, self.evaluation, self.built.directory, checkpoint, export, stop
+        )

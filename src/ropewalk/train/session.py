@@ -1,0 +1,120 @@
+"""What surrounds the steps of a run: where it starts from, signals, and the directory it may use."""
+
+import contextlib
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from ropewalk.checkpoint import pretrained
+from ropewalk.checkpoint.integrity import read_manifest
+from ropewalk.checkpoint.manager import Manager, Restored
+from ropewalk.core.config import flatten
+from ropewalk.core.errors import CheckpointError, ConfigError
+from ropewalk.core.log import log
+from ropewalk.core.storage import LOCK
+from ropewalk.train import state as states
+from ropewalk.train.build import Built
+from ropewalk.train.state import State
+
+RECIPE = "recipe.yml"
+EXPORT = "hf"
+# A checkpoint made with other values of these is not this run's: its weights, data or optimizer mean something else.
+_FIXED = ("model", "tokenizer", "data", "optimizer.kind", "precision", "seed")
+
+
+def first_state(built: Built, manager: Manager) -> tuple[State, State, int | None, dict[str, float]]:
+    """The state to go on from, its shardings, the step it was restored from (or None), and that checkpoint's metrics.
+
+    Raises CheckpointError when the checkpoint is of another model, or made with values that may not change.
+    """
+    abstract = jax.eval_shape(built.fresh)
+    where = states.place(abstract, built.table, built.placement)
+    described = jax.tree.map(lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), abstract, where)
+    latest = manager.latest()
+    if latest is not None:
+        _same_recipe(read_manifest(built.directory / pretrained.CHECKPOINTS / str(latest)).recipe, built)
+    restored = manager.restore(described.tree())
+    if restored is None:
+        return _begin(built, where), where, None, {}
+    return _resume(built, restored, described), where, restored.step, _metrics(built, restored.step)
+
+
+def check_directory(directory: Path) -> None:
+    """Raises ConfigError unless a run may live there: it is absent, empty, or a run's."""
+    if not directory.is_dir():
+        return
+    names = {entry.name for entry in directory.iterdir()}
+    foreign = sorted(names - {RECIPE, pretrained.TOKENIZER, pretrained.CHECKPOINTS, LOCK})
+    if RECIPE not in names and foreign:
+        raise ConfigError(
+            f"directory: {directory} is not a run (it has `{foreign[0]}` and no {RECIPE}); choose another, or empty it"
+        )
+
+
+@contextlib.contextmanager
+def signals() -> Iterator[Callable[[int], int | None]]:
+    """While inside, SIGTERM and SIGINT ask the run to stop; the first of them is what the yielded function returns.
+
+    It takes the number of the step, since several processes agree on it only every few steps. A second signal kills.
+    """
+    received: list[int] = []
+
+    def handle(number: int, frame: Any) -> None:
+        received.append(number)
+        signal.signal(number, before[number])
+        log.info("%s: saving and leaving after this step; once more leaves at once", signal.Signals(number).name)
+
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    for number in before:
+        signal.signal(number, handle)
+    try:
+        yield lambda step: _agreed(received, step)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _agreed(received: list[int], step: int) -> int | None:
+    mine = received[0] if received else 0
+    if jax.process_count() > 1:
+        if step % 8:
+            return None
+        mine = int(np.max(multihost_utils.process_allgather(np.int32(mine))))
+    return mine or None
+
+
+def _begin(built: Built, where: State) -> State:
+    state, _ = states.build(built.fresh, built.table, built.placement)
+    if built.start is None:
+        return state
+    params = {path: jax.device_put(built.start.params[path].astype(a.dtype), where.params[path]) for path, a in state.params.items()}
+    return states.State(params, state.frozen, state.opt_state, state.step, state.extra)
+
+
+def _resume(built: Built, restored: Restored, described: State) -> State:
+    built.batches.set_state(restored.data_state)
+    return described.filled(restored.state)
+
+
+def _metrics(built: Built, step: int) -> dict[str, float]:
+    return read_manifest(built.directory / pretrained.CHECKPOINTS / str(step)).metrics
+
+
+def _same_recipe(saved: dict[str, Any], built: Built) -> None:
+    """Says what differs from the recipe that a checkpoint was made with; refuses what may not."""
+    old, new = flatten(saved), flatten(built.recipe)
+    changed = [key for key in {**old, **new} if old.get(key) != new.get(key) and key != "directory"]
+    told = [f"{key} was {old.get(key)}, is {new.get(key)}" for key in changed]
+    refused = [text for key, text in zip(changed, told, strict=True) if key.startswith(_FIXED)]
+    if refused:
+        raise CheckpointError(
+            f"{built.directory} was begun with another recipe: {'; '.join(refused)}. These cannot change in a run that goes "
+            f"on; set them back, or choose another `directory`"
+        )
+    if told:
+        log.info("going on with a changed recipe: %s", "; ".join(told))

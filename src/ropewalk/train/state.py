@@ -1,0 +1,65 @@
+"""The train state: flat dicts of arrays, never the module. What shape it has, where it lies, how it starts."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from ropewalk.core.paths import Spec, flatten, unflatten
+from ropewalk.layers.lm import parameters
+from ropewalk.parallel.axes import Placement, placed, replicated, shardings
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class State:
+    """Everything that changes from step to step, and the weights that do not."""
+
+    params: dict[str, jax.Array]
+    """trainable, by path"""
+    frozen: dict[str, jax.Array]
+    opt_state: Any
+    step: jax.Array
+    """int32: batches seen"""
+    extra: dict[str, jax.Array]
+    """`skipped` and `skipped_in_a_row`: int32 counts of updates dropped for a non-finite loss or gradient"""
+
+    def tree(self) -> dict[str, Any]:
+        """The state as nested dicts of arrays by path: the layout of a checkpoint."""
+        fields = {"params": self.params, "frozen": self.frozen, "extra": self.extra, "step": self.step}
+        return {**fields, "opt_state": flatten(self.opt_state)}
+
+    def filled(self, tree: dict[str, Any]) -> "State":
+        """A state of this structure from what `tree` returned."""
+        opt_state = unflatten(self.opt_state, tree["opt_state"])
+        return State(tree["params"], tree["frozen"], opt_state, tree["step"], tree["extra"])
+
+
+def fresh(model: Any, optimizer: optax.GradientTransformation, dtype: Any) -> State:
+    """The state before the first step, with weights of `dtype`; traceable."""
+    params = {path: value.astype(dtype) for path, value in parameters(model).items()}
+    zero = jnp.zeros((), jnp.int32)
+    return State(params, {}, optimizer.init(params), zero, {"skipped": zero, "skipped_in_a_row": zero})
+
+
+def place(abstract: State, table: Mapping[str, Spec], placement: Placement) -> State:
+    """The sharding of every leaf of a state: a leaf of the optimizer lies like the parameter whose path it bears."""
+    known = shardings(table, placement)
+    whole = replicated(placement)
+
+    def of(path: tuple[Any, ...], leaf: Any) -> jax.sharding.Sharding:
+        names = [key.key for key in path if isinstance(key, jax.tree_util.DictKey)]
+        owner = names[-1] if names else None
+        return known[owner] if owner in known and leaf.shape == table[owner].shape else whole
+
+    return jax.tree_util.tree_map_with_path(of, abstract)
+
+
+def build(make: Callable[[], State], table: Mapping[str, Spec], placement: Placement) -> tuple[State, State]:
+    """The state that `make` traces, made where it belongs, and its shardings."""
+    where = place(jax.eval_shape(make), table, placement)
+    with placed(placement):
+        return jax.jit(make, out_shardings=where)(), where

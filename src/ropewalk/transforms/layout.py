@@ -1,0 +1,52 @@
+"""The layout of a run: mesh, rules, how the stack is run and what it keeps. The only code that sets these on a model."""
+
+from typing import Any, Literal
+
+import jax
+import pydantic
+
+from ropewalk.core.config import Config
+from ropewalk.core.log import log
+from ropewalk.layers.attention import Attention
+from ropewalk.layers.lm import LM
+from ropewalk.ops import attention
+from ropewalk.parallel import mesh
+from ropewalk.parallel.axes import Placement
+from ropewalk.parallel.remat import Remat
+from ropewalk.parallel.rules import RULES
+
+
+class Layout(Config):
+    """How a model lies on devices and runs there; a bare string names the rules. None of it changes the mathematics."""
+
+    rules: Literal["fsdp", "tensor", "fsdp_tensor"] = "fsdp"
+    """the table that spreads parameters and activations over the mesh"""
+    mesh: dict[str, int] | None = None
+    """devices along each axis, -1 for the rest; by default what the rules need"""
+    stack: Literal["scan", "unroll"] = "scan"
+    """one compiled block looped over, or every block compiled in place"""
+    remat: Remat = "none"
+    """what the backward pass computes again"""
+    attention: Literal["auto", "reference", "library"] = "auto"
+
+    @pydantic.model_validator(mode="before")
+    @classmethod
+    def _by_name(cls, values: Any) -> Any:
+        return {"rules": values} if isinstance(values, str) else values
+
+    def place(self) -> Placement:
+        """The mesh over all devices, with the rules. Raises LayoutError when it does not fit them."""
+        sizes = self.mesh or mesh.default_sizes(self.rules, jax.device_count())
+        return Placement(mesh.build(sizes), RULES[self.rules])
+
+    def apply(self, model: LM, platform: str) -> LM:
+        """Sets how the model runs on a platform; returns the same model."""
+        model.layers.run = self.stack
+        model.layers.remat = self.remat
+        name, attend = attention.choose(self.attention, platform)
+        if self.attention == "auto":
+            log.debug("attention: auto chose %s for %s", name, platform)
+        for _, module in model.iter_modules():
+            if isinstance(module, Attention):
+                module.attend = attend
+        return model
