@@ -12,8 +12,8 @@ test: env
 	$(BIN)/pytest -q -n 2 --dist worksteal
 
 check: env
-	$(BIN)/ruff format --check
-	$(BIN)/ruff check
+	$(BIN)/ruff format --check --output-format concise
+	$(BIN)/ruff check --output-format concise
 	$(BIN)/pyright
 	$(BIN)/lint-imports --no-logo
 	$(BIN)/pytest -q tests/structure

@@ -55,7 +55,7 @@ def write(
     kinds: Mapping[str, Type] | None = None,
     **metadata: Any,
 ) -> Path:
-    """A file with the metadata of the tiny model; `a__b=` in `metadata` sets the key `llama.a.b`."""
+    """A file with the metadata of the tiny model; `a__b=1` changes its key `llama.a.b`."""
     values = {
         "block_count": LAYERS, "context_length": 512, "embedding_length": D,
         "feed_forward_length": F, "attention__head_count": N, "attention__head_count_kv": K,

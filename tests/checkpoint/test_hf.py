@@ -1,4 +1,4 @@
-"""Model directories: what is written is read back, and what could lose or run something is refused."""
+"""Model directories: what is written is read back, what could lose or run things is refused."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Native checkpoints: round trips across shardings, keep-policy, other models, several processes."""
+"""Native checkpoints: round trips across shardings, keep-policy, several processes."""
 
 import logging
 import os
@@ -71,7 +71,8 @@ def assert_equal(restored: dict, expected: dict) -> None:
 def test_saved_with_one_sharding_restored_with_another(tmp_path, saved, wanted, devices) -> None:
     target = abstract(placed(values(0), SPECS[wanted], devices))
     writer = manager.Manager(tmp_path)
-    writer.save(3, placed(values(3), SPECS[saved]), recipe={"a": [1]}, data_state={"lane": {"0": 1}})
+    state = placed(values(3), SPECS[saved])
+    writer.save(3, state, recipe={"a": [1]}, data_state={"lane": {"0": 1}})
     writer.close()
     reader = manager.Manager(tmp_path)
     restored = reader.restore(target)
@@ -195,7 +196,7 @@ from ropewalk.checkpoint import manager
 from ropewalk.core.errors import CheckpointError
 mesh = Mesh(np.asarray(jax.devices()).reshape(2, 2), ("data", "model"))
 def make(sharding):
-    whole = np.arange(1024, dtype=np.float32).reshape(32, 32)
+    whole = np.arange(65536, dtype=np.float32).reshape(256, 256)
     return jax.make_array_from_callback(whole.shape, sharding, lambda index: whole[index])
 state = {"params": {"w": make(NamedSharding(mesh, P("data", "model"))),
                     "v": make(NamedSharding(mesh, P("model")))},
@@ -209,15 +210,15 @@ if process == 0:  # only the part of w that process 1 reads is damaged
     files = pathlib.Path(directory, "2", "ocdbt.process_1", "d").iterdir()
     data = max(files, key=lambda file: file.stat().st_size)
     content = bytearray(data.read_bytes())
-    place = content.index(np.float32(1023).tobytes())
+    place = content.index(np.float32(65535).tobytes())
     content[place] ^= 1
     data.write_bytes(content)
-abstract = {"params": {k: jax.ShapeDtypeStruct((32, 32), jnp.float32,
+abstract = {"params": {k: jax.ShapeDtypeStruct((256, 256), jnp.float32,
                           sharding=NamedSharding(mesh, P("data"))) for k in "wv"},
             "step": jax.ShapeDtypeStruct((), jnp.int32, sharding=NamedSharding(mesh, P()))}
 restored = one.restore(abstract)
 for shard in restored.state["params"]["w"].addressable_shards:
-    assert (shard.data == np.arange(1024, dtype=np.float32).reshape(32, 32)[shard.index]).all()
+    assert (shard.data == np.arange(65536, dtype=np.float32).reshape(256, 256)[shard.index]).all()
 print(restored.step, restored.data_state)
 try:
     one.save(3, state, recipe={}, data_state={"epoch": process})
@@ -254,12 +255,12 @@ def test_two_processes_save_and_restore_together_and_one_restores_alone(tmp_path
         assert "1 {'epoch': 1, 'lanes': {'0': 10, '1': 11}}" in out
         assert "`epoch` is 0 on one and 1 on another" in out
         assert "step 2 is damaged: checksum differs in array params." in err
-    whole = np.arange(1024, dtype=np.float32).reshape(32, 32)
+    whole = np.arange(65536, dtype=np.float32).reshape(256, 256)
     alone = manager.read_arrays(tmp_path / "1")
     assert (alone["params.w"] == whole).all() and (alone["params.v"] == whole).all()
     target = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     state = {
-        "params": {k: jax.ShapeDtypeStruct((32, 32), jnp.float32, sharding=target) for k in "wv"},
+        "params": {k: jax.ShapeDtypeStruct((256, 256), jnp.float32, sharding=target) for k in "wv"},
         "step": jax.ShapeDtypeStruct((), jnp.int32, sharding=target),
     }
     one = manager.Manager(tmp_path)

@@ -248,8 +248,8 @@ def test_a_hub_cache_links_to_its_own_blobs_only(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "file",
-    ["/etc/shard.safetensors", "../shard.safetensors", "a/../../shard.safetensors", "..\\s.safetensors",
-     "shard.bin", "", ".", "a\0.safetensors", 3, None, ["shard.safetensors"]],
+    ["/etc/shard.safetensors", "../shard.safetensors", "a/../../shard.safetensors",
+     "..\\s.safetensors", "shard.bin", "", ".", "a\0.safetensors", 3, None, ["shard.safetensors"]],
 )  # fmt: skip
 def test_the_index_may_not_leave_the_directory(tmp_path: Path, file: Any) -> None:
     (tmp_path.parent / "shard.safetensors").write_bytes(SOUND)
@@ -264,8 +264,8 @@ INDEXES = {
     "list": ([], "expected an object"),
     "no map": ({}, "`weight_map` must map"),
     "map is a list": ({"weight_map": [1]}, "`weight_map` must map"),
-    "no shard": ({"weight_map": {"a": "gone.safetensors"}}, "gone.safetensors: cannot be read: No such"),
-    "tensor elsewhere": ({"weight_map": {"b": "s.safetensors"}}, "holds tensor `a`, which .* places nowhere"),
+    "no shard": ({"weight_map": {"a": "gone.safetensors"}}, "cannot be read: No such file"),
+    "tensor elsewhere": ({"weight_map": {"b": "s.safetensors"}}, "`a`, which .* places nowhere"),
     "tensor absent": (
         {"weight_map": {"a": "s.safetensors", "b": "s.safetensors"}},
         "places tensor `b` in s.safetensors, which does not hold it",

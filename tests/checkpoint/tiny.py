@@ -37,7 +37,7 @@ def table(
     layers: int = 2, d: int = 64, n: int = 4, k: int = 2, h: int = 16, f: int = 96, v: int = 32,
     tied: bool = True, biased: bool = False, units: int = 1,
 ) -> dict[str, Spec]:  # fmt: skip
-    """The parameters of a small decoder; `layers` counts the repeats of a unit of `units` blocks."""
+    """The parameters of a small decoder of `layers` repeats of a unit of `units` blocks."""
     shapes: dict[str, tuple[int, ...]] = {"embed.weight": (v, d), "final_norm.scale": (d,)}
     block = {
         "attention.query.weight": (d, n, h),

@@ -28,7 +28,7 @@ def spec(*shape: int) -> Spec:
 
 
 @pytest.mark.parametrize(
-    "op", [COPY, VECTOR, LINEAR, LINEAR_OUT], ids="copy vector linear out".split()
+    "op", [COPY, VECTOR, LINEAR, LINEAR_OUT], ids=["copy", "vector", "linear", "out"]
 )
 @given(shape=st.lists(sizes, min_size=2, max_size=4).map(tuple))
 def test_write_undoes_read(op: Op, shape: tuple[int, ...]) -> None:

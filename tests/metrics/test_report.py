@@ -169,6 +169,19 @@ def test_a_run_of_one_step_and_one_of_nothing_but_nan(tmp_path):
         Page(report.write_report(tmp_path / name).read_text(encoding="utf-8"))
 
 
+def test_a_run_that_reached_its_target_says_so_and_shows_a_step_sampled_twice_once(tmp_path):
+    lines = writers.JsonLines(tmp_path)
+    lines.write(40, {"loss": 1.0})
+    lines.sample(40, "Once", " first")
+    lines.sample(40, "Once", " second")
+    lines.event(40, "target")
+    lines.close()
+    page = Page(report.write_report(tmp_path).read_text(encoding="utf-8"))
+    assert "reached its target after 40 steps" in page.text
+    assert page.text.count("Once") == 1
+    assert "Once second" in page.text
+
+
 def test_a_directory_that_is_no_run_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="is not a run: it holds neither"):
         report.write_report(tmp_path)

@@ -172,10 +172,12 @@ def make(name: str) -> None:
         generator = torch.Generator().manual_seed(seed)
         tokens = torch.randint(3, VOCAB, (BATCH, LENGTH), generator=generator)
         logits = model(tokens).logits
-        exact = copy.deepcopy(model).double()(tokens).logits  # before greedy: dynamic RoPE has state
+        exact = copy.deepcopy(model).double()(tokens).logits  # now: dynamic RoPE keeps state
         continuation, margin = greedy(model, tokens)
         if margin >= MARGIN and int(continuation.min()) >= 3:
             break
+    else:
+        raise SystemExit(f"{name}: no seed gives a clear continuation")
     arrays = {
         "tokens": tokens.to(torch.int32),
         "positions": torch.tensor(POSITIONS, dtype=torch.int32),

@@ -165,11 +165,11 @@ def _ours(path: Path) -> bool:
 def _refuse_pickles(root: Path) -> None:
     names = sorted(entry.name for entry in root.iterdir())
     pickles = [name for name in names if name.endswith(_PICKLES)]
-    if pickles and not any(name in (safetensors.SINGLE, safetensors.INDEX) for name in names):
+    if pickles and safetensors.SINGLE not in names and safetensors.INDEX not in names:
         raise ModelError(
             f"{root}: has its weights only as a pickle ({pickles[0]}), which can run code when "
             "it is read and is never read here; get the model's safetensors files, or convert it "
-            "with transformers' `from_pretrained(DIR).save_pretrained(NEW_DIR, safe_serialization=True)`"
+            "with transformers' `from_pretrained(DIR).save_pretrained(NEW_DIR)`"
         )
 
 

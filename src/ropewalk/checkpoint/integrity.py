@@ -130,9 +130,7 @@ def damaged_files(directory: epath.Path, manifest: Manifest) -> list[str]:
         if now is None:
             damage.append(f"file {name} is missing")
         elif now.size_bytes != record.size_bytes:
-            damage.append(
-                f"file {name} has {now.size_bytes} bytes, {record.size_bytes} were saved"
-            )
+            damage.append(f"file {name} has {now.size_bytes} bytes, {record.size_bytes} were saved")
         elif now.sha256 != record.sha256:
             damage.append(f"file {name} was altered (its sha256 differs)")
     return damage

@@ -29,13 +29,13 @@ logging.getLogger("absl").addFilter(lambda record: "/orbax/" not in record.pathn
 
 
 class Config(config.Config):
-    """Which checkpoints stay: the newest `keep_last`, those of every `keep_every`-th step, the best.
+    """Which checkpoints stay: the newest `keep_last`, every `keep_every`-th step, the best.
 
-    `best_metric` names an entry of the metrics given to `save`; the best step by it is never removed.
+    `best_metric` names an entry of the metrics given to `save`; the best step by it stays.
     """
 
-    keep_last: int = pydantic.Field(3, ge=1)
-    keep_every: int | None = pydantic.Field(None, ge=1)
+    keep_last: int = pydantic.Field(default=3, ge=1)
+    keep_every: int | None = pydantic.Field(default=None, ge=1)
     best_metric: str | None = None
     best_mode: Literal["min", "max"] = "min"
 
@@ -121,9 +121,9 @@ class Manager:
     def restore(self, abstract_state: Any, step: int | None = None) -> Restored | None:
         """The newest good step (from `step` down, when given), or None when there is no step.
 
-        `abstract_state` is a nest of `jax.ShapeDtypeStruct` with shardings. A damaged step is passed
-        over with a warning. Raises CheckpointError when every step is damaged, when the step asked
-        for does not exist, and when the checkpoint is of another model.
+        `abstract_state` is a nest of `jax.ShapeDtypeStruct` with shardings. A damaged step is
+        passed over with a warning. Raises CheckpointError when every step is damaged, when the step
+        asked for does not exist, and when the checkpoint is of another model.
         """
         self.wait()
         candidates = _gather(_directories(self._directory))[0]
@@ -177,7 +177,7 @@ class Manager:
             self._checkpointer.close()
 
     def _commit(self) -> None:
-        """Adds the manifest to a written step; Orbax calls it on process 0 just before the rename."""
+        """Adds the manifest to a written step; Orbax calls it on process 0 before the rename."""
         saving = self._saving
         if saving is None:
             raise RuntimeError("Orbax committed a step that was not being saved")
@@ -266,7 +266,9 @@ class Manager:
         good = self.steps()
         scores = {}
         if self._keep.best_metric is not None:
-            manifests = {step: integrity.read_manifest(self._directory / str(step)) for step in good}
+            manifests = {
+                step: integrity.read_manifest(self._directory / str(step)) for step in good
+            }
             scores = {
                 step: manifest.metrics[self._keep.best_metric]
                 for step, manifest in manifests.items()
@@ -362,7 +364,7 @@ def _handler() -> ocp.PyTreeCheckpointHandler:
 
 
 def _read(directory: epath.Path, restore_args: dict[str, ocp.RestoreArgs]) -> dict[str, Any]:
-    """Reads the named arrays without Orbax's barriers, on which a lone failure would hang the rest."""
+    """Reads arrays without Orbax's barriers, where one process's failure would hang the others."""
     if not restore_args:
         return {}
     args = ocp.args.PyTreeRestore(

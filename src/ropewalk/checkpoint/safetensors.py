@@ -240,7 +240,7 @@ def _check_inside(index: Path, name: str, file: Any) -> None:
 def _supported(tensors: dict[str, Stored]) -> dict[str, Stored]:
     """The tensors as they are, unless one is in a format that only quantized weights have."""
     for name, tensor in tensors.items():
-        if tensor.dtype.startswith(("F4", "F6", "F8")):
+        if tensor.dtype.startswith(("F4", "F6_", "F8")):
             raise _unsupported(name, tensor)
     return tensors
 

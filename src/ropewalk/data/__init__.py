@@ -1,1 +1,2 @@
-"""From files of text to batches of packed tokens, resumable to the token. The only room that knows grain."""
+"""From files of text to batches of packed tokens, resumable to the token. The only room that
+knows grain."""

@@ -1,8 +1,8 @@
-"""Files of documents: .txt (one document a file), .jsonl, .parquet, .arrayrecord; .txt and .jsonl also
-compressed (.gz, .bz2, .xz).
+"""Files of documents: .txt (one document a file), .jsonl, .parquet, .arrayrecord; .txt and .jsonl
+also compressed (.gz, .bz2, .xz).
 
-Gives random access to the UTF-8 bytes of every document. A compressed or columnar file is unpacked once
-into an unnamed temporary file. Knows nothing of tokens.
+Gives random access to the UTF-8 bytes of every document. A compressed or columnar file is unpacked
+once into an unnamed temporary file. Knows nothing of tokens.
 """
 
 import bz2
@@ -13,18 +13,24 @@ import mmap
 import tempfile
 import zlib
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
 import pyarrow
 import pyarrow.parquet
-from array_record.python import array_record_module
+from array_record.python import (
+    array_record_module,  # pyright: ignore[reportAttributeAccessIssue] (compiled)
+)
 
 from ropewalk.core.errors import DataError
 
-COMPRESSED: dict[str, Callable[[Path], Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+COMPRESSED: dict[str, Callable[[Path], Any]] = {
+    ".gz": gzip.open,
+    ".bz2": bz2.open,
+    ".xz": lzma.open,
+}
 SUPPORTED = ".txt, .jsonl (both also with .gz, .bz2 or .xz), .parquet, .arrayrecord"
 _CHUNK = 8 << 20
 _CACHE_BYTES = 64 << 20
@@ -34,12 +40,12 @@ _CORRUPT = (OSError, EOFError, zlib.error, lzma.LZMAError)
 class Part:
     """The documents of one file.
 
-    `bounds` int64 [documents] is the number of bytes each takes at most; `labels`, where asked for, the
-    value of one more column of every document.
+    `bounds` int64 [documents] is the number of bytes each takes at most; `labels`, where asked for,
+    the value of one more column of every document.
     """
 
     bounds: np.ndarray
-    labels: list[str | None] | None = None
+    labels: Sequence[str | None] | None = None
 
     def text(self, i: int) -> bytes:
         """All UTF-8 bytes of a document."""
@@ -70,7 +76,9 @@ class Documents:
     def length(self, i: int) -> int:
         """The exact number of UTF-8 bytes of a document."""
         part, j = self._locate(i)
-        return int(part.bounds[j]) if part.read(j, 0, 0) is not None else len(self._whole(i, part, j))
+        return (
+            int(part.bounds[j]) if part.read(j, 0, 0) is not None else len(self._whole(i, part, j))
+        )
 
     def read(self, i: int, start: int, stop: int) -> bytes:
         """Bytes `start` to `stop` of a document."""
@@ -125,13 +133,19 @@ def _open(file: Path, column: str, label: str | None) -> Part:
         if kind == ".txt":
             part = _spooled_text(file, compressed) if compressed else TextFile(file)
         elif kind == ".jsonl":
-            part = _spooled_lines(file, compressed, column, label) if compressed else JsonLines(file, column)
+            part = (
+                _spooled_lines(file, compressed, column, label)
+                if compressed
+                else JsonLines(file, column)
+            )
         elif kind == ".parquet" and not compressed:
             part = _spooled_parquet(file, column, label)
         elif kind == ".arrayrecord" and not compressed:
             part = ArrayRecords(file, column)
         else:
-            raise DataError(f"data file {file}: this kind of file is not supported; supported are {SUPPORTED}")
+            raise DataError(
+                f"data file {file}: this kind of file is not supported; supported are {SUPPORTED}"
+            )
     except _CORRUPT as error:
         raise DataError(f"data file {file}: damaged or unreadable: {error}") from None
     except pyarrow.ArrowException as error:
@@ -170,30 +184,35 @@ class TextFile(Part):
 class Spooled(Part):
     """Documents unpacked into an unnamed temporary file, which is mapped into memory."""
 
-    def __init__(self, file: Path, documents: Iterable[tuple[int | None, bytes, str | None]], unit: str) -> None:
+    def __init__(
+        self, file: Path, documents: Iterable[tuple[int | None, bytes, str | None]], unit: str
+    ) -> None:
         self._file = file
         self._unit = unit
         numbers: list[int | None] = []
         ends = [0]
-        self.labels = []
+        labels: list[str | None] = []
         try:
             with tempfile.TemporaryFile() as spool:
                 for number, text, label in documents:
                     spool.write(text)
                     numbers.append(number)
-                    self.labels.append(label)
+                    labels.append(label)
                     ends.append(ends[-1] + len(text))
                 spool.flush()
                 size = ends[-1]
-                self._bytes = mmap.mmap(spool.fileno(), size, access=mmap.ACCESS_READ) if size else b""
+                self._bytes = (
+                    mmap.mmap(spool.fileno(), size, access=mmap.ACCESS_READ) if size else b""
+                )
         except OSError as error:
             if error.filename is not None or error.errno is None:
                 raise
             raise DataError(
-                f"data file {file}: unpacking it into {tempfile.gettempdir()} failed: {error.strerror};"
-                " set TMPDIR to a directory with room"
+                f"data file {file}: unpacking it into {tempfile.gettempdir()} failed:"
+                f" {error.strerror}; set TMPDIR to a directory with room"
             ) from None
         self._numbers = numbers
+        self.labels = labels
         self._ends = np.array(ends, np.int64)
         self.bounds = np.diff(self._ends)
 
@@ -247,7 +266,8 @@ class JsonLines(RecordFile):
 
 
 class ArrayRecords(RecordFile):
-    """An .arrayrecord file; its records are JSON objects if the first one is, and plain text otherwise."""
+    """An .arrayrecord file; its records are JSON objects if the first one is, and plain text
+    otherwise."""
 
     def __init__(self, file: Path, column: str) -> None:
         self._file = file
@@ -257,7 +277,9 @@ class ArrayRecords(RecordFile):
             sizes = [len(record) for record in self._every_record()]
             first = self._reader.read([0])[0] if sizes else b""
         except (RuntimeError, ValueError) as error:
-            raise DataError(f"data file {file}: not an ArrayRecord file that can be read: {error}") from None
+            raise DataError(
+                f"data file {file}: not an ArrayRecord file that can be read: {error}"
+            ) from None
         self.bounds = np.array(sizes, np.int64)
         try:
             self._json = isinstance(json.loads(first), dict)
@@ -287,7 +309,8 @@ class ArrayRecords(RecordFile):
 
 
 def decode(data: bytes, name: str, offset: int) -> str:
-    """Bytes that stand at `offset` of the document `name`, as text. Raises DataError on broken UTF-8."""
+    """Bytes that stand at `offset` of the document `name`, as text. Raises DataError on broken
+    UTF-8."""
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -309,7 +332,11 @@ def _spooled_lines(file: Path, compressed: str, column: str, label: str | None) 
             if line.strip():
                 name = f"{file}:{number}"
                 record = _parse(line, name, f"{file}, unpacked byte", offset)
-                yield number, _column(record, column, name), None if label is None else _label(record, label)
+                yield (
+                    number,
+                    _column(record, column, name),
+                    None if label is None else _label(record, label),
+                )
             offset += len(line)
 
     with COMPRESSED[compressed](file) as stream:
@@ -329,7 +356,11 @@ def _spooled_parquet(file: Path, column: str, label: str | None) -> Spooled:
                 labels = batch.column(label).to_pylist() if label in wanted else [None] * len(batch)
                 for text, value in zip(batch.column(column).to_pylist(), labels, strict=True):
                     name = f"{file} row {number}"
-                    yield number, _column({column: text}, column, name), None if value is None else str(value)
+                    yield (
+                        number,
+                        _column({column: text}, column, name),
+                        None if value is None else str(value),
+                    )
                     number += 1
 
         return Spooled(file, documents(), " row ")
@@ -363,7 +394,9 @@ def _parse(line: bytes, name: str, place: str, offset: int) -> dict[str, Any]:
     try:
         record = json.loads(line.decode("utf-8"))
     except UnicodeDecodeError as error:
-        raise DataError(f"{name}: not valid UTF-8 ({place} {offset + error.start}); convert the file to UTF-8") from None
+        raise DataError(
+            f"{name}: not valid UTF-8 ({place} {offset + error.start}); convert the file to UTF-8"
+        ) from None
     except (ValueError, RecursionError) as error:
         raise DataError(f"{name}: not valid JSON: {error}") from None
     if not isinstance(record, dict):
@@ -380,11 +413,16 @@ def _column(record: dict[str, Any], column: str, name: str) -> bytes:
     try:
         return text.encode("utf-8")
     except UnicodeEncodeError as error:
-        raise DataError(f"{name}: column `{column}`, character {error.start}: half of a surrogate pair") from None
+        raise DataError(
+            f"{name}: column `{column}`, character {error.start}: half of a surrogate pair"
+        ) from None
 
 
 def _missing(column: str, found: list[str], name: str) -> DataError:
-    return DataError(f"{name}: no column `{column}`; columns found: {', '.join(found)}. Set `column` of the source")
+    return DataError(
+        f"{name}: no column `{column}`; columns found: {', '.join(found)}."
+        " Set `column` of the source"
+    )
 
 
 def _label(record: dict[str, Any], label: str) -> str | None:

@@ -17,9 +17,9 @@ from ropewalk.text.tokenizer import Tokenizer
 class Heldout:
     """The held-out documents as batches; every `iter` begins anew.
 
-    Documents are tokenized whole, once, and cut into rows; a token that a row begins with is context
-    there and target in the row before. The last batch is filled up with rows of weight 0. Each process makes
-    its rows of every batch, and all make the same number of batches.
+    Documents are tokenized whole, once, and cut into rows; a token that a row begins with is
+    context there and target in the row before. The last batch is filled up with rows of weight 0.
+    Each process makes its rows of every batch, and all make the same number of batches.
     """
 
     def __init__(
@@ -46,7 +46,9 @@ class Heldout:
 
     def __iter__(self) -> Iterator[Batch]:
         count = len(self._records)
-        plan = Plan(self._records.__getitem__, count, count, 1, self._length, 0, shuffled=False, packed=True)
+        plan = Plan(
+            self._records.__getitem__, count, count, 1, self._length, 0, shuffled=False, packed=True
+        )
         lane = Lane(plan, 0)
         rows = [lane.next_row() for _ in range(self._batch_size)]
         while any(rows):
@@ -62,19 +64,34 @@ def _read(documents: Documents, keep: np.ndarray, tokenizer: Tokenizer) -> Itera
 def _held_out(config: Config) -> list[tuple[Documents, np.ndarray]]:
     holdout = config.holdout
     if holdout is None:
-        raise DataError("data: nothing is held out for evaluation; set `holdout` (values of a column, or a source)")
+        raise DataError(
+            "data: nothing is held out for evaluation; set `holdout` to values of a column"
+            " or to a source"
+        )
     if holdout.source is not None:
         if holdout.source.path is None:
-            raise DataError("data: a holdout source needs a `path`; synthetic tokens cannot be held out")
+            raise DataError(
+                "data: a holdout source needs a `path`; synthetic tokens cannot be held out"
+            )
         documents, keep = open_source(holdout.source, None)
         return [(documents, keep)]
-    opened = [open_source(entry, holdout, held_out=True) for entry in config.sources if entry.path is not None]
+    opened = [
+        open_source(entry, holdout, held_out=True)
+        for entry in config.sources
+        if entry.path is not None
+    ]
     found = {documents.label(int(i)) for documents, keep in opened for i in keep}
     for value in holdout.values:
         if value not in found:
             labels = {documents.label(i) for documents, _ in opened for i in range(len(documents))}
             known = sorted(label for label in labels if label is not None)
             near = difflib.get_close_matches(value, known, n=1, cutoff=0.4)
-            hint = f"did you mean `{near[0]}`?" if near else f"the column has {', '.join(known[:5]) or 'no values'}"
-            raise DataError(f"data: no document has `{holdout.column}` = `{value}` to hold out; {hint}")
+            hint = (
+                f"did you mean `{near[0]}`?"
+                if near
+                else f"the column has {', '.join(known[:5]) or 'no values'}"
+            )
+            raise DataError(
+                f"data: no document has `{holdout.column}` = `{value}` to hold out; {hint}"
+            )
     return opened

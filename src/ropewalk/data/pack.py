@@ -1,8 +1,8 @@
 """Packing: records into rows of fixed length, one *lane* for every row of the global batch.
 
-A lane owns its share of the record stream whatever process runs it, so its state means the same for any
-number of processes. Pieces that do not fit yet wait in the lane; its state names them by record and
-number, and they are made again when the state is restored.
+A lane owns its share of the record stream whatever process runs it, so its state means the same for
+any number of processes. Pieces that do not fit yet wait in the lane; its state names them by record
+and number, and they are made again when the state is restored.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,8 +15,8 @@ from ropewalk.core.errors import DataError
 from ropewalk.data.records import Record
 
 # How far a lane reads ahead, in rows: the more short pieces wait, the better rows fill up.
-SHORT_ROWS = 3
-ALL_ROWS = 12
+SHORT_ROWS = 6
+ALL_ROWS = 24
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,8 +38,9 @@ class Piece:
 class Plan:
     """What all lanes share: the record stream and how it is dealt out and packed.
 
-    `record` maps an index of the stream to its record; `total` is the length of the stream; an `epoch` is
-    as many records. Lane r of `lanes` takes one record of every block of `lanes`, shuffled or in turn.
+    `record` maps an index of the stream to its record; `total` is the length of the stream; an
+    `epoch` is as many records. Lane r of `lanes` takes one record of every block of `lanes`,
+    shuffled or in turn.
     """
 
     record: Callable[[int], Record]
@@ -65,7 +66,8 @@ class Lane:
         self._all = 0
 
     def next_row(self) -> list[Piece]:
-        """The pieces of the next row, at most `length` slots together; empty when the records are used up."""
+        """The pieces of the next row, at most `length` slots together; empty when the records
+        are used up."""
         self._fill()
         if not self._waiting:
             return []
@@ -96,8 +98,8 @@ class Lane:
             pieces = self._pieces(index)
             if max(numbers) >= len(pieces):
                 raise DataError(
-                    f"the data state names piece {max(numbers)} of a record that now has {len(pieces)}: the"
-                    " data or the tokenizer is not the one the state was saved with"
+                    f"the data state has piece {max(numbers)} of a record that now has"
+                    f" {len(pieces)}: the data or the tokenizer changed since it was saved"
                 )
             self._waiting += [pieces[number] for number in numbers]
         self._all = sum(piece.size for piece in self._waiting)
@@ -119,7 +121,9 @@ class Lane:
                 self._short += piece.size if piece.size < plan.length else 0
             empty = 0 if pieces else empty + 1
             if empty > plan.epoch:
-                raise DataError(f"data: {empty} records in a row hold no text; is `column` the right one?")
+                raise DataError(
+                    f"data: {empty} records in a row hold no text; is `column` the right one?"
+                )
 
     def _pieces(self, index: int) -> list[Piece]:
         record, length = self._plan.record(index), self._plan.length
@@ -144,13 +148,13 @@ class Lane:
 
 
 def fill(rows: Sequence[Sequence[Piece]], length: int) -> dict[str, np.ndarray]:
-    """The arrays of a batch, each [rows, length]: `tokens`, `targets`, `positions`, `segment_ids` int32 and
-    `weights` float32.
+    """The arrays of a batch, each [rows, length]: `tokens`, `targets`, `positions`, `segment_ids`
+    int32 and `weights` float32.
 
     A piece is a segment, numbered from 1 in its row, with positions from 0; padding is all zeros.
     """
     names = ("tokens", "targets", "positions", "segment_ids")
-    batch = {name: np.zeros((len(rows), length), np.int32) for name in names}
+    batch: dict[str, np.ndarray] = {name: np.zeros((len(rows), length), np.int32) for name in names}
     batch["weights"] = np.zeros((len(rows), length), np.float32)
     for i, row in enumerate(rows):
         start = 0

@@ -1,7 +1,8 @@
 """The training stream: sources, mixture, shuffle, epochs, packing; its state is global and exact.
 
-grain gives the order (shuffle, repeat, mix: any place of the stream at random access) and the prefetch
-thread, whose state is that of the last batch handed out. The lanes of `pack` are the packer on top.
+grain gives the order (shuffle, repeat, mix: any place of the stream at random access) and the
+prefetch thread, whose state is that of the last batch handed out. The lanes of `pack` are the
+packer on top.
 """
 
 import weakref
@@ -16,19 +17,20 @@ from ropewalk.core.config import Config as BaseConfig
 from ropewalk.core.errors import DataError
 from ropewalk.data import formats
 from ropewalk.data.pack import Lane, Piece, Plan, fill
-from ropewalk.data.records import Record, SyntheticRecords, TextRecords
+from ropewalk.data.records import Record, Records, SyntheticRecords, TextRecords
 from ropewalk.data.source import Source, resolve
 from ropewalk.data.stats import Batch
 from ropewalk.text.tokenizer import Tokenizer
 
 PREFETCH = 4
-# A span of a long document is about this many bytes a slot: enough for several rows, few enough to shuffle.
+# Size of a span of a long document: enough for several rows, small enough to shuffle well.
 BYTES_A_SLOT = 16
 SMALLEST_SPAN = 2048
 
 
 class Holdout(BaseConfig):
-    """What is kept for evaluation: documents whose `column` has one of `values`, or a `source` of its own.
+    """What is kept for evaluation: documents whose `column` has one of `values`, or a `source` of
+    its own.
 
     The column `file` is the name of the file that a document is in.
     """
@@ -40,16 +42,18 @@ class Holdout(BaseConfig):
     @pydantic.model_validator(mode="after")
     def _one_kind(self) -> Self:
         if bool(self.values) == (self.source is not None):
-            raise ValueError("a holdout has either `values` of a column or a `source`, and not both")
+            raise ValueError(
+                "a holdout has either `values` of a column or a `source`, and not both"
+            )
         return self
 
 
 class Config(BaseConfig):
     """The data of a run: `batch_size` rows of `length` tokens.
 
-    `epochs` null repeats for ever; with several sources the first to be used up ends an epoch. `order` is
-    `shuffled` or as in the files. A document longer than a row is `split` over rows or `truncated`;
-    `pack` puts several short documents in a row (`best_fit`) or one (`none`).
+    `epochs` null repeats for ever; with several sources the first to be used up ends an epoch.
+    `order` is `shuffled` or as in the files. A document longer than a row is `split` over rows or
+    `truncated`; `pack` puts several short documents in a row (`best_fit`) or one (`none`).
     """
 
     sources: tuple[Source, ...] = pydantic.Field(min_length=1)
@@ -64,11 +68,12 @@ class Config(BaseConfig):
 
 
 class Batches(Iterator[Batch]):
-    """The training batches that process `process` of `processes` makes: its rows of every global batch.
+    """The training batches that process `process` of `processes` makes: its rows of every global
+    batch.
 
-    With one process it stops after the last epoch. With several it goes on with rows of padding once its
-    own documents are used up, because the others may not be there yet: all stop when the weights of the
-    global batch sum to zero.
+    With one process it stops after the last epoch. With several it goes on with rows of padding
+    once its own documents are used up, because the others may not be there yet: all stop when the
+    weights of the global batch sum to zero.
     """
 
     def __init__(
@@ -76,12 +81,15 @@ class Batches(Iterator[Batch]):
     ) -> None:
         mine = share(config.batch_size, process, processes)
         records = [
-            _records(entry, config, tokenizer, number) for number, entry in enumerate(config.sources)
+            _records(entry, config, tokenizer, number)
+            for number, entry in enumerate(config.sources)
         ]
         plan = _plan(config, records)
         self.max_token_id = max(_max_token_ids(config, tokenizer))
         self._fingerprint = {
-            **config.model_dump(mode="json", include={"batch_size", "length", "seed", "order", "long", "pack"}),
+            **config.model_dump(
+                mode="json", include={"batch_size", "length", "seed", "order", "long", "pack"}
+            ),
             "weights": [entry.weight for entry in config.sources],
             "records": [len(entry) for entry in records],
             "bytes": [entry.bytes for entry in records],
@@ -91,7 +99,7 @@ class Batches(Iterator[Batch]):
         self._lanes = plan.lanes
         rows = _Rows(plan, mine, ends=processes == 1)
         prefetch = grain.experimental.ThreadPrefetchIterDataset(rows, prefetch_buffer_size=PREFETCH)
-        # grain's iterator must die before the interpreter's modules do, or its destructor complains on stderr
+        # grain's iterator must go before the interpreter's modules do: its destructor needs them
         self._open = [iter(prefetch)]
         self._finalizer = weakref.finalize(self, _close, self._open)
 
@@ -105,8 +113,8 @@ class Batches(Iterator[Batch]):
         return next(self._iterator)
 
     def get_state(self) -> dict[str, Any]:
-        """Where the stream is, as JSON values: right after the last batch handed out, for the lanes of this
-        process; `merge_states` joins those of several."""
+        """Where the stream is, as JSON values: right after the last batch handed out, for the
+        lanes of this process; `merge_states` joins those of several."""
         state = self._iterator.get_state()
         furthest = max(lane[0] for lane in state["lanes"].values())
         return {
@@ -119,7 +127,8 @@ class Batches(Iterator[Batch]):
     def set_state(self, state: dict[str, Any]) -> None:
         """Goes on where `get_state`, in however many processes, was called.
 
-        Raises DataError naming what differs when the data is not the same, or when lanes are missing.
+        Raises DataError naming what differs when the data is not the same, or when lanes are
+        missing.
         """
         _same(state["data"], self._fingerprint)
         self._iterator.set_state({"batches": state["batches"], "lanes": state["lanes"]})
@@ -134,13 +143,15 @@ def _close(iterators: list[grain.DatasetIterator[Batch]]) -> None:
 
 
 def merge_states(states: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """One state from those of all processes. Raises DataError when they were not taken at the same batch."""
+    """One state from those of all processes. Raises DataError when they were not taken at the
+    same batch."""
     lanes: dict[str, Any] = {}
     for state in states:
         _same(state["data"], states[0]["data"])
         if state["batches"] != states[0]["batches"]:
             raise DataError(
-                f"data states of batches {states[0]['batches']} and {state['batches']} do not belong together"
+                f"data states of batches {states[0]['batches']} and {state['batches']} do not"
+                " belong together"
             )
         lanes.update(state["lanes"])
     return {
@@ -151,7 +162,8 @@ def merge_states(states: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def share(rows: int, process: int, processes: int) -> range:
-    """The rows of a global batch that a process makes. Raises DataError when they do not divide evenly."""
+    """The rows of a global batch that a process makes. Raises DataError when they do not divide
+    evenly."""
     if rows % processes:
         raise DataError(f"batch_size {rows} is not divisible by {processes} processes")
     each = rows // processes
@@ -170,7 +182,8 @@ def make_batch(rows: Sequence[Sequence[Piece]], length: int) -> Batch:
 
 
 def texts(config: Config) -> Iterator[str]:
-    """The training documents as text, in file order, holdout excluded: what to train a tokenizer on."""
+    """The training documents as text, in file order, holdout excluded: what to train a tokenizer
+    on."""
     for entry in config.sources:
         if entry.path is not None:
             documents, keep = open_source(entry, config.holdout)
@@ -205,6 +218,13 @@ class _Rows(grain.IterDataset[Batch]):
         return _RowIterator(self._plan, self._mine, self._ends)
 
 
+class _State(dict[str, Any]):
+    """A snapshot nobody changes; grain copies it for every batch, at a cost without this."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        return self
+
+
 class _RowIterator(grain.DatasetIterator[Batch]):
     def __init__(self, plan: Plan, mine: range, ends: bool) -> None:
         super().__init__()
@@ -222,49 +242,58 @@ class _RowIterator(grain.DatasetIterator[Batch]):
 
     def get_state(self) -> dict[str, Any]:
         lanes = {name: lane.get_state() for name, lane in self._lanes.items()}
-        return {"batches": self._batches, "lanes": lanes}
+        return _State(batches=self._batches, lanes=lanes)
 
     def set_state(self, state: dict[str, Any]) -> None:
         missing = [name for name in self._lanes if name not in state["lanes"]]
         if missing:
             raise DataError(
-                f"the data state holds {len(state['lanes'])} rows of the batch and not row {missing[0]};"
-                " join the states of all processes first"
+                f"the data state holds {len(state['lanes'])} rows of the batch and not row"
+                f" {missing[0]}; join the states of all processes first"
             )
         self._batches = state["batches"]
         for name, lane in self._lanes.items():
             lane.set_state(state["lanes"][name])
 
 
-def _records(
-    entry: Source, config: Config, tokenizer: Tokenizer | None, number: int
-) -> TextRecords | SyntheticRecords:
+def _records(entry: Source, config: Config, tokenizer: Tokenizer | None, number: int) -> Records:
     limit = config.length if config.long == "truncate" else None
     if entry.synthetic is not None:
         return SyntheticRecords(entry.synthetic, config.seed + number, limit)
     if tokenizer is None:
-        raise DataError(f"data: source {number} is text, which needs a tokenizer; set `tokenizer` in the recipe")
+        raise DataError(
+            f"data: source {number} is text, which needs a tokenizer; set `tokenizer` in the recipe"
+        )
     documents, keep = open_source(entry, config.holdout)
     if not len(keep):
-        raise DataError(f"data: source {number} has {len(documents)} documents and all are held out")
+        raise DataError(
+            f"data: source {number} has {len(documents)} documents and all are held out"
+        )
     span = None if limit is not None else max(BYTES_A_SLOT * config.length, SMALLEST_SPAN)
     return TextRecords(documents, tokenizer, keep, span, limit)
 
 
-def _plan(config: Config, records: Sequence[TextRecords | SyntheticRecords]) -> Plan:
+def _plan(config: Config, records: Sequence[Records]) -> Plan:
     ordered: list[grain.MapDataset[Record]] = []
     for number, entry in enumerate(records):
         dataset = grain.MapDataset.source(entry)
         if config.order == "shuffled":
-            # grain adds the epoch to the seed; far apart, sources and neighbouring seeds stay independent
+            # grain adds the epoch to the seed, so seeds of runs and sources must lie far apart
             dataset = dataset.shuffle(seed=(config.seed * 2654435761 + number * 40503) % 2**32)
         ordered.append(dataset.repeat(config.epochs))
     # `weight` is a share of bytes; grain deals out records
     rates = [w.weight * len(r) / r.bytes for w, r in zip(config.sources, records, strict=True)]
     stream = ordered[0] if len(ordered) == 1 else grain.MapDataset.mix(ordered, rates)
     sizes = [len(entry) * sum(rates) / rate for entry, rate in zip(records, rates, strict=True)]
+
+    def record(index: int) -> Record:
+        found = stream[index]
+        if found is None:  # grain's word for a filtered element; nothing here filters
+            raise IndexError(index)
+        return found
+
     return Plan(
-        record=stream.__getitem__,
+        record=record,
         total=len(stream),
         epoch=max(int(min(sizes)), 1),
         lanes=config.batch_size,
@@ -284,6 +313,10 @@ def _max_token_ids(config: Config, tokenizer: Tokenizer | None) -> Iterator[int]
 
 
 def _same(saved: dict[str, Any], now: dict[str, Any]) -> None:
-    differing = [f"{key} was {saved.get(key)}, is {now[key]}" for key in now if saved.get(key) != now[key]]
+    differing = [
+        f"{key} was {saved.get(key)}, is {now[key]}" for key in now if saved.get(key) != now[key]
+    ]
     if differing:
-        raise DataError(f"the data state was saved with other data or settings: {'; '.join(differing)}")
+        raise DataError(
+            f"the data state was saved with other data or settings: {'; '.join(differing)}"
+        )

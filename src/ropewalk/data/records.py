@@ -1,11 +1,12 @@
 """Records: the units that are shuffled. A document's text, or a span of a long one, as tokens.
 
-A long document is cut at line ends or blanks into spans of about equal size, so that a few long works
-still shuffle well and fill every row of a batch. Nothing here knows of batches or order.
+A long document is cut at line ends or blanks into spans of about equal size, so that a few long
+works still shuffle well and fill every row of a batch. Nothing here knows of batches or order.
 """
 
 import re
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 
@@ -33,14 +34,24 @@ class Record:
     dropped: int = 0
 
 
-class TextRecords:
+class Records(Protocol):
+    """A source as numbered records; `bytes` is the size of all of them together."""
+
+    bytes: int
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Record: ...
+
+
+class TextRecords(Records):
     """Documents as records: BOS (or else EOS) before a document, EOS after it.
 
-    A span that continues a document starts with the last token of the span before, which is context and
-    no target: over all spans every token of the text, and the EOS, is predicted once.
+    A span that continues a document starts with the last token of the span before, which is context
+    and no target: over all spans every token of the text, and the EOS, is predicted once.
 
-    `span_bytes` is the size of a span, None for whole documents; `limit` cuts every record to that many
-    predictions. `keep` int [documents] selects documents.
+    `span_bytes` is the size of a span, None for whole documents; `limit` cuts every record to that
+    many predictions. `keep` int [documents] selects documents.
     """
 
     def __init__(
@@ -61,7 +72,11 @@ class TextRecords:
         if span_bytes is not None:
             spans = np.maximum(-(-documents.bounds[keep] // span_bytes), 1)
         self._first = np.concatenate([[0], np.cumsum(spans)])
-        start = tokenizer.bos_id if tokenizer.bos_id is not None else next(iter(tokenizer.eos_ids), None)
+        start = (
+            tokenizer.bos_id
+            if tokenizer.bos_id is not None
+            else next(iter(tokenizer.eos_ids), None)
+        )
         self._start = [] if start is None else [start]
         self._adds_space = tokenizer.vocabulary.leading_space
         self._end = list(tokenizer.eos_ids[:1])
@@ -69,10 +84,10 @@ class TextRecords:
     def __len__(self) -> int:
         return int(self._first[-1])
 
-    def __getitem__(self, i: int) -> Record:
-        which = int(np.searchsorted(self._first, i, side="right")) - 1
+    def __getitem__(self, index: int) -> Record:
+        which = int(np.searchsorted(self._first, index, side="right")) - 1
         document = int(self._keep[which])
-        span = i - int(self._first[which])
+        span = index - int(self._first[which])
         length = self._documents.length(document)
         spans = self._spans(length)
         name = self._documents.name(document)
@@ -97,7 +112,8 @@ class TextRecords:
         return 1 if self._span_bytes is None else max(-(-length // self._span_bytes), 1)
 
     def _cut(self, document: int, length: int, k: int, spans: int) -> int:
-        """The byte at which span k begins: after a line, else before a blank, else between characters."""
+        """The byte at which span k begins: after a line, else before a blank, else between
+        characters."""
         nominal = length * k // spans
         if k in (0, spans):
             return nominal
@@ -115,7 +131,7 @@ class TextRecords:
         return self._tokenizer.encode(tail[skip:].decode("utf-8", "replace"))[-1:]
 
 
-class SyntheticRecords:
+class SyntheticRecords(Records):
     """Documents of tokens that follow one another by rule; see `source.Synthetic`."""
 
     def __init__(self, config: Synthetic, seed: int, limit: int | None = None) -> None:
@@ -130,10 +146,10 @@ class SyntheticRecords:
     def __len__(self) -> int:
         return self._config.documents
 
-    def __getitem__(self, i: int) -> Record:
-        random = np.random.Generator(np.random.Philox(key=[self._seed, i + 1]))
+    def __getitem__(self, index: int) -> Record:
+        random = np.random.Generator(np.random.Philox(key=[self._seed, index + 1]))
         steps = self._strides[random.integers(0, len(self._strides), self._config.length)]
         steps[0] = random.integers(0, self._config.vocab_size)
         tokens = self._names[np.cumsum(steps) % self._config.vocab_size]
         dropped = 0 if self._limit is None else max(len(tokens) - 1 - self._limit, 0)
-        return Record(f"synthetic {i}", tokens[: len(tokens) - dropped], dropped=dropped)
+        return Record(f"synthetic {index}", tokens[: len(tokens) - dropped], dropped=dropped)

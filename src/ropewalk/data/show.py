@@ -20,7 +20,8 @@ BOUNDARY = "bold yellow"
 def legend() -> Text:
     """What the colours mean."""
     return Text.assemble(
-        ("trained", TRAINED[0]), " ", ("tokens", TRAINED[1]), "   ", ("context only", CONTEXT), "   ",
+        ("trained", TRAINED[0]), " ", ("tokens", TRAINED[1]), "   ",
+        ("context only", CONTEXT), "   ",
         ("special token", SPECIAL), "   ", ("│ boundary of documents", BOUNDARY),
     )  # fmt: skip
 
@@ -28,8 +29,8 @@ def legend() -> Text:
 def row(batch: Batch, i: int, tokenizer: Tokenizer | None) -> Text:
     """Row i of a batch: every token once, as text, or as its number where there is no tokenizer.
 
-    A segment shows its first token, which is context, and then its targets, coloured where their loss weight
-    is not zero.
+    A segment shows its first token, which is context, and then its targets, coloured where their
+    loss weight is not zero.
     """
     arrays = {name: array[i] for name, array in batch.arrays.items()}
     segments = arrays["segment_ids"]
@@ -41,7 +42,9 @@ def row(batch: Batch, i: int, tokenizer: Tokenizer | None) -> Text:
         trained = [False, *(arrays["weights"][places] > 0)]
         for k, (text, special) in enumerate(_spellings([int(token) for token in ids], tokenizer)):
             style = SPECIAL if special else TRAINED[k % 2]
-            result.append(text, style if trained[k] else f"{CONTEXT} {SPECIAL if special else ''}".strip())
+            result.append(
+                text, style if trained[k] else f"{CONTEXT} {SPECIAL if special else ''}".strip()
+            )
         result.append("\n")
     padding = int((segments == 0).sum())
     if padding:
@@ -68,7 +71,8 @@ def summary(stats: Stats) -> Table:
 
 
 def _spellings(ids: list[int], tokenizer: Tokenizer | None) -> list[tuple[str, bool]]:
-    """Text and specialness by token; the bytes of a character cut in two are shown in hexadecimal."""
+    """Text and specialness by token; the bytes of a character cut in two are shown in
+    hexadecimal."""
     if tokenizer is None:
         return [(f"{token} ", False) for token in ids]
     result = []

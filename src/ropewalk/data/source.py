@@ -19,8 +19,8 @@ BUNDLED = "bundled:"
 
 
 class Synthetic(Config):
-    """Tokens out of nothing: every token has `branches` equally likely successors, so the best loss is
-    log(branches) nats a token."""
+    """Tokens out of nothing: every token has `branches` equally likely successors, so the best
+    loss is log(branches) nats a token."""
 
     vocab_size: int = pydantic.Field(ge=2)
     documents: int = pydantic.Field(default=4096, ge=1)
@@ -31,8 +31,9 @@ class Synthetic(Config):
 class Source(Config):
     """One source of documents: files (`path`) or `synthetic` tokens.
 
-    `path` is a file, a glob, a list of them, or `bundled:NAME`. `column` is the key of the text in JSON and
-    Parquet records. `weight` is this source's share of the text, in bytes, relative to the other sources.
+    `path` is a file, a glob, a list of them, or `bundled:NAME`. `column` is the key of the text in
+    JSON and Parquet records. `weight` is this source's share of the text, in bytes, relative to the
+    other sources.
     """
 
     path: str | tuple[str, ...] | None = None
@@ -50,7 +51,8 @@ class Source(Config):
 def resolve(path: str | tuple[str, ...]) -> list[Path]:
     """The files named by paths, globs and `bundled:NAME`, in a fixed order.
 
-    Raises DataError when there is none, or when one is a directory, a pipe or a device, or is empty.
+    Raises DataError when there is none, or when one is a directory, a pipe or a device, or is
+    empty.
     """
     found: list[Path] = []
     for pattern in [path] if isinstance(path, str) else path:
@@ -72,7 +74,8 @@ def resolve(path: str | tuple[str, ...]) -> list[Path]:
 
 
 def bundled(name: str) -> Path:
-    """The file of a corpus that comes with the package. Raises DataError naming those that exist."""
+    """The file of a corpus that comes with the package. Raises DataError naming those that
+    exist."""
     folder = Path(str(resources.files("ropewalk") / "recipes" / "corpus"))
     files = {file.name.partition(".")[0]: file for file in sorted(folder.glob("*.jsonl.*"))}
     if name not in files:
@@ -86,10 +89,16 @@ def _check(file: Path) -> None:
     try:
         status = file.stat()
     except OSError as error:
-        raise DataError(f"data file {file}: {error.strerror or error} (seen from {Path.cwd()})") from None
+        raise DataError(
+            f"data file {file}: {error.strerror or error} (seen from {Path.cwd()})"
+        ) from None
     if stat.S_ISDIR(status.st_mode):
-        raise DataError(f"data file {file} is a directory; name the files in it, e.g. {file}/*.jsonl")
+        raise DataError(
+            f"data file {file} is a directory; name the files in it, e.g. {file}/*.jsonl"
+        )
     if not stat.S_ISREG(status.st_mode):
-        raise DataError(f"data file {file} is a pipe or a device; data is read more than once, so save it first")
+        raise DataError(
+            f"data file {file} is a pipe or a device; data is read more than once, so save it first"
+        )
     if status.st_size == 0:
         raise DataError(f"data file {file} is empty (0 bytes)")

@@ -10,9 +10,9 @@ import numpy as np
 class Batch:
     """A global batch, or one process's rows of it.
 
-    `arrays` holds `tokens, targets, positions, segment_ids` int32 and `weights` float32, each [b, t];
-    `names`, by row, says which documents are in it; `begins` counts documents that start here and
-    `dropped` tokens that were cut off.
+    `arrays` holds `tokens, targets, positions, segment_ids` int32 and `weights` float32, each [b,
+    t]; `names`, by row, says which documents are in it; `begins` counts documents that start here
+    and `dropped` tokens that were cut off.
     """
 
     arrays: dict[str, np.ndarray]
@@ -23,7 +23,8 @@ class Batch:
 
 @dataclass
 class Stats:
-    """Sums over batches. `tokens` counts predicted tokens, `slots` places in rows, filled or not."""
+    """Sums over batches. `tokens` counts predicted tokens, `slots` places in rows, filled or
+    not."""
 
     batches: int = 0
     documents: int = 0

@@ -139,6 +139,7 @@ class Meter:
     def begin(self, now: float) -> None:
         """The first step goes off now; all time before was start-up."""
         self._begun = self._last = now
+        self._pending_aside = 0.0
 
     def aside(self, kind: str, seconds: float) -> None:
         """`seconds` since the last observation went to `kind` ("evaluation" ...), not to steps."""

@@ -28,6 +28,7 @@ _SERIES = (
     "loss", "learning_rate", "grad_norm", "tokens_per_s", "mfu", "skipped", "tokens",
     "eval_loss", "eval_perplexity", "eval_bits_per_byte",
 )  # fmt: skip
+_ENDS = {"finished": "finished", "target": "reached its target"}
 _SHOWN_SAMPLES, _ALL_SAMPLES, _ALL_EVENTS = 4, 40, 200
 
 
@@ -204,17 +205,9 @@ def _status(history: History, recipe: dict[str, Any]) -> str:
     total = _total_steps(history, recipe)
     if not history.steps:
         return "no step has been recorded yet"
-    ended = next(
-        (
-            row
-            for row in reversed(history.events)
-            if row["event"] in ("finished", "stopped", "failed")
-        ),
-        None,
-    )
+    ended = next((row for row in reversed(history.events) if row["event"] in _ENDS), None)
     if ended is not None and ended["step"] >= history.steps:
-        reason = ended.get("reason")
-        return f"{ended['event']} after {history.steps:,} steps" + (f": {reason}" if reason else "")
+        return f"{_ENDS[ended['event']]} after {history.steps:,} steps"
     if history.steps >= total:
         return f"finished after {history.steps:,} steps"
     return f"{history.steps:,} of {total:,} steps so far"
@@ -330,12 +323,12 @@ def _sample_groups(samples: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Samples by prompt in order of time: a few evenly spread ones to show, the others to
     unfold.
     """
-    prompts: dict[str, list[dict[str, Any]]] = {}
-    for row in samples:
-        prompts.setdefault(str(row.get("prompt", "")), []).append(row)
+    prompts: dict[str, dict[int, dict[str, Any]]] = {}
+    for row in samples:  # a resumed run may sample its step again
+        prompts.setdefault(str(row.get("prompt", "")), {})[row["step"]] = row
     groups = []
-    for prompt, rows in prompts.items():
-        rows = _spread(rows, _ALL_SAMPLES)
+    for prompt, by_step in prompts.items():
+        rows = _spread(list(by_step.values()), _ALL_SAMPLES)
         shown = _spread(rows, _SHOWN_SAMPLES)
         steps = {row["step"] for row in shown}
         groups.append(

@@ -1,4 +1,5 @@
-"""Recipes and the corpus that come with the package, found by name. Knows nothing of what they say."""
+"""Recipes and the corpus that come with the package, found by name. Knows nothing of what they
+say."""
 
 import difflib
 from pathlib import Path
@@ -17,7 +18,8 @@ def names() -> list[str]:
 def find(name: str) -> Path:
     """The file of a recipe: a path as it is, or the name of a bundled one. Raises ConfigError.
 
-    A name that is both a file here and a bundled recipe means the bundled one; write `./name` for the file.
+    A name that is both a file here and a bundled recipe means the bundled one; write `./name` for
+    the file.
     """
     inside = _FOLDER / f"{name}.yml"
     if name in names():

@@ -9,7 +9,7 @@ from ropewalk.core.errors import DataError
 from ropewalk.text.tokenizer import HuggingFaceTokenizer, finish_byte_level
 
 SPECIALS = 3
-# Words with the blank or mark before them, numbers in threes, punctuation with its newlines (Llama 3).
+# Words with the blank or mark before them, numbers in threes, punctuation with its newlines.
 WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -19,18 +19,21 @@ WORDS = (
 def train(texts: Iterable[str], vocab_size: int, name: str = "bpe") -> HuggingFaceTokenizer:
     """A byte-level BPE of at most `vocab_size` ids: 256 bytes, merges, then BOS, EOS and padding.
 
-    Every text can be encoded, whatever it was trained on. Raises DataError when `vocab_size` leaves no
-    room for the bytes and the special tokens, or when there is no text at all.
+    Every text can be encoded, whatever it was trained on. Raises DataError when `vocab_size` leaves
+    no room for the bytes and the special tokens, or when there is no text at all.
     """
     if vocab_size < 256 + SPECIALS:
         raise DataError(
-            f"vocab_size {vocab_size} is too small for a byte-level BPE: 256 bytes and {SPECIALS} special"
-            f" tokens need {256 + SPECIALS}"
+            f"vocab_size {vocab_size} is too small for a byte-level BPE: 256 bytes and {SPECIALS}"
+            f" special tokens need {256 + SPECIALS}"
         )
     backend = tokenizers.Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Split(Regex(WORDS), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
-    )  # fmt: skip
+        [
+            pre_tokenizers.Split(Regex(WORDS), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size - SPECIALS,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),

@@ -34,12 +34,16 @@ class _Generation(jinja2.ext.Extension):
 
 
 def render(
-    tokenizer: Tokenizer, messages: Sequence[Message], add_generation_prompt: bool = True, **extra: Any
+    tokenizer: Tokenizer,
+    messages: Sequence[Message],
+    add_generation_prompt: bool = True,
+    **extra: Any,
 ) -> str:
     """The conversation as text, by the tokenizer's chat template.
 
-    A message is `{"role": ..., "content": ...}`. `extra` (for example `tools`) is handed to the template.
-    Raises DataError when there is no template, when it is broken, or when it refuses the messages.
+    A message is `{"role": ..., "content": ...}`. `extra` (for example `tools`) is handed to the
+    template. Raises DataError when there is no template, when it is broken, or when it refuses the
+    messages.
     """
     if tokenizer.chat_template is None:
         raise DataError(
@@ -58,17 +62,30 @@ def render(
     try:
         return compiled.render(variables)
     except DataError as error:
-        raise DataError(f"the chat template of {tokenizer.name} refuses these messages: {error}") from None
-    except (jinja2.TemplateError, TypeError, ValueError, AttributeError, KeyError, IndexError) as error:
+        raise DataError(
+            f"the chat template of {tokenizer.name} refuses these messages: {error}"
+        ) from None
+    except (
+        jinja2.TemplateError,
+        TypeError,
+        ValueError,
+        AttributeError,
+        KeyError,
+        IndexError,
+    ) as error:
         raise DataError(
             f"the chat template of {tokenizer.name} fails: {type(error).__name__}: {error}"
         ) from None
 
 
 def encode(
-    tokenizer: Tokenizer, messages: Sequence[Message], add_generation_prompt: bool = True, **extra: Any
+    tokenizer: Tokenizer,
+    messages: Sequence[Message],
+    add_generation_prompt: bool = True,
+    **extra: Any,
 ) -> list[int]:
-    """The conversation as ids; BOS is there exactly when the template writes it. Errors as `render`."""
+    """The conversation as ids; BOS is there exactly when the template writes it. Errors as
+    `render`."""
     return tokenizer.encode(
         render(tokenizer, messages, add_generation_prompt, **extra), allow_special=True
     )
@@ -80,13 +97,18 @@ def _compile(template: str, name: str) -> jinja2.Template:
         trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
     )
     environment.filters["tojson"] = _tojson
-    functions: dict[str, Callable[..., Any]] = {"raise_exception": _refuse, "strftime_now": _strftime_now}
+    functions: dict[str, Callable[..., Any]] = {
+        "raise_exception": _refuse,
+        "strftime_now": _strftime_now,
+    }
     environment.globals.update(functions)
     try:
         return environment.from_string(template)
     except jinja2.TemplateError as error:
         line = getattr(error, "lineno", None)
-        raise DataError(f"the chat template of {name}, line {line}, is not valid Jinja: {error}") from None
+        raise DataError(
+            f"the chat template of {name}, line {line}, is not valid Jinja: {error}"
+        ) from None
 
 
 def _tojson(

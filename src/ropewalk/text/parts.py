@@ -7,7 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import tokenizers
-from sentencepiece import sentencepiece_model_pb2 as sentencepiece_format
+from sentencepiece.sentencepiece_model_pb2 import (  # classes are made when it is imported
+    ModelProto,  # pyright: ignore[reportAttributeAccessIssue]
+    TrainerSpec,  # pyright: ignore[reportAttributeAccessIssue]
+)
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
 
 from ropewalk.core.errors import DataError
@@ -37,8 +40,9 @@ SPLITS: dict[str, tuple[str, ...]] = {
 class Parts:
     """What a GGUF file says of its tokenizer (`tokenizer.ggml.*`), under the same names.
 
-    `model` is `gpt2` (byte-level BPE: `tokens`, `merges`, `pre`) or `llama` (sentencepiece BPE: `tokens`,
-    `scores`, `token_type`). Merges are "left right". `token_type` uses sentencepiece's numbers.
+    `model` is `gpt2` (byte-level BPE: `tokens`, `merges`, `pre`) or `llama` (sentencepiece BPE:
+    `tokens`, `scores`, `token_type`). Merges are "left right". `token_type` uses sentencepiece's
+    numbers.
     """
 
     model: str
@@ -52,9 +56,12 @@ class Parts:
 
 
 def build(parts: Parts, roles: Roles, name: str = "gguf") -> Tokenizer:
-    """The tokenizer that these parts describe. Raises DataError on an unknown kind or parts that disagree."""
+    """The tokenizer that these parts describe. Raises DataError on an unknown kind or parts that
+    disagree."""
     if parts.token_type and len(parts.token_type) != len(parts.tokens):
-        raise DataError(f"{name}: {len(parts.tokens)} tokens but {len(parts.token_type)} token types")
+        raise DataError(
+            f"{name}: {len(parts.tokens)} tokens but {len(parts.token_type)} token types"
+        )
     if parts.model == "gpt2":
         return _byte_level(parts, roles, name)
     if parts.model == "llama":
@@ -65,7 +72,8 @@ def build(parts: Parts, roles: Roles, name: str = "gguf") -> Tokenizer:
 def _byte_level(parts: Parts, roles: Roles, name: str) -> Tokenizer:
     if parts.pre not in SPLITS:
         raise DataError(
-            f"{name}: pre-tokenizer `{parts.pre}` is not supported; known are {', '.join(sorted(SPLITS))}"
+            f"{name}: pre-tokenizer `{parts.pre}` is not supported; known are"
+            f" {', '.join(sorted(SPLITS))}"
         )
     merges = []
     for merge in parts.merges:
@@ -74,7 +82,9 @@ def _byte_level(parts: Parts, roles: Roles, name: str) -> Tokenizer:
     vocab = {token: i for i, token in enumerate(parts.tokens)}
     try:
         # Llama 3 takes a word that is a token whole, whatever the merges say.
-        model = models.BPE(vocab=vocab, merges=merges, ignore_merges=parts.pre in ("llama-bpe", "llama3"))
+        model = models.BPE(
+            vocab=vocab, merges=merges, ignore_merges=parts.pre in ("llama-bpe", "llama3")
+        )
     except Exception as error:  # the library raises bare Exception
         raise DataError(f"{name}: its tokens and merges do not fit together: {error}") from None
     backend = tokenizers.Tokenizer(model)
@@ -104,9 +114,9 @@ def _byte_level(parts: Parts, roles: Roles, name: str) -> Tokenizer:
 def _sentencepiece(parts: Parts, roles: Roles, name: str) -> Tokenizer:
     if len(parts.scores) != len(parts.tokens):
         raise DataError(f"{name}: {len(parts.tokens)} tokens but {len(parts.scores)} scores")
-    proto = sentencepiece_format.ModelProto()
+    proto = ModelProto()
     trainer = proto.trainer_spec
-    trainer.model_type = sentencepiece_format.TrainerSpec.BPE
+    trainer.model_type = TrainerSpec.BPE
     trainer.vocab_size = len(parts.tokens)
     trainer.byte_fallback = BYTE in parts.token_type
     trainer.bos_id = -1 if roles.bos_id is None else roles.bos_id

@@ -1,26 +1,29 @@
-"""One interface over the tokenizers in the wild: bytes, `tokenizer.json` and sentencepiece `.model`.
+"""The tokenizers in the wild, behind one interface: bytes, `tokenizer.json`, `.model`.
 
-Knows nothing of models, batches or files of training text. Decoding is the same for every kind: each
-id stands for some bytes (none for a special token), and the text is their concatenation.
+Knows nothing of models, batches or files of training text. `load` finds the right one.
 """
 
-import codecs
 import json
 import stat
-from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import sentencepiece
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, processors
 
 from ropewalk.core.errors import DataError
-from ropewalk.core.storage import write_atomic
+from ropewalk.text.interface import Roles, StreamDecoder, Tokenizer, Vocabulary
+
+__all__ = [
+    "HuggingFaceTokenizer",
+    "Roles",
+    "SentencePieceTokenizer",
+    "StreamDecoder",
+    "Tokenizer",
+    "load",
+]
 
 BOS, EOS, PAD = "<|bos|>", "<|eos|>", "<|pad|>"
 
@@ -30,150 +33,15 @@ FILES = (
 )  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Roles:
-    """Which ids play a part that is not text, and the template of a conversation."""
-
-    bos_id: int | None = None
-    eos_ids: tuple[int, ...] = ()
-    pad_id: int | None = None
-    chat_template: str | None = None
-
-
-@dataclass(frozen=True)
-class Vocabulary:
-    """What each id stands for: its bytes (empty when special), and the spelling of special ids."""
-
-    pieces: Sequence[bytes]
-    specials: dict[int, str] = field(default_factory=dict)
-    leading_space: bool = False  # encoding puts a space before the text, which decoding takes away
-
-
-class Tokenizer(ABC):
-    """Text to ids and back; see `load`, `bpe.train` and `parts.build` for where one comes from."""
-
-    def __init__(
-        self, name: str, vocabulary: Vocabulary, roles: Roles, files: dict[str, bytes]
-    ) -> None:
-        self.name = name
-        self.vocabulary = vocabulary
-        self.roles = roles
-        self._files = files
-        highest = max((i for i in (roles.bos_id, roles.pad_id, *roles.eos_ids) if i is not None), default=-1)
-        if highest >= len(vocabulary.pieces):
-            raise DataError(
-                f"tokenizer {name}: special id {highest} lies outside its {len(vocabulary.pieces)} tokens"
-            )
-
-    @abstractmethod
-    def encode(self, text: str, allow_special: bool = False) -> list[int]:
-        """The ids of a text, without BOS or EOS.
-
-        The spelling of a special token inside the text is plain text unless `allow_special`, so that
-        nobody can forge a turn of a conversation or an end of document by writing it.
-        """
-
-    @abstractmethod
-    def encode_prompt(self, text: str) -> list[int]:
-        """The ids as the tokenizer's author prescribes for a prompt: with BOS where that is the rule."""
-
-    @property
-    def vocab_size(self) -> int:
-        """One more than the highest id."""
-        return len(self.vocabulary.pieces)
-
-    @property
-    def bos_id(self) -> int | None:
-        """The id that begins a document, if there is one."""
-        return self.roles.bos_id
-
-    @property
-    def eos_ids(self) -> tuple[int, ...]:
-        """The ids that end a document or an answer; the first is the one to write."""
-        return self.roles.eos_ids
-
-    @property
-    def pad_id(self) -> int | None:
-        """The id of padding, if there is one."""
-        return self.roles.pad_id
-
-    @property
-    def chat_template(self) -> str | None:
-        """The Jinja template of a conversation, if there is one."""
-        return self.roles.chat_template
-
-    def decode(self, ids: Sequence[int]) -> str:
-        """The text of some ids: special tokens are left out, broken UTF-8 becomes U+FFFD."""
-        decoder = StreamDecoder(self)
-        return "".join(decoder.feed(i) for i in ids) + decoder.finish()
-
-    def spelling(self, token: int) -> str:
-        """How a special id is written inside text (`""` for None and for ids that are not special)."""
-        return self.vocabulary.specials.get(token, "")
-
-    @cached_property
-    def _token_bytes(self) -> np.ndarray:
-        counts = np.array([len(piece) for piece in self.vocabulary.pieces], np.int32)
-        counts.flags.writeable = False
-        return counts
-
-    def token_bytes(self) -> np.ndarray:
-        """int32 [vocab_size]: how many UTF-8 bytes of text each id stands for; 0 for special tokens."""
-        return self._token_bytes
-
-    def save(self, directory: str | Path) -> None:
-        """Writes the tokenizer's files; what was read from files is written back byte for byte."""
-        for name, content in {**self._default_files(), **self._files}.items():
-            write_atomic(Path(directory) / name, content)
-
-    @abstractmethod
-    def _model_file(self) -> dict[str, bytes]:
-        """The file, by name, that holds the vocabulary."""
-
-    def _default_files(self) -> dict[str, bytes]:
-        """What `save` writes where no original file is known."""
-        files = {} if {"tokenizer.json", "tokenizer.model"} & self._files.keys() else self._model_file()
-        if "tokenizer_config.json" not in self._files:
-            kind = "LlamaTokenizer" if "tokenizer.model" in files else "PreTrainedTokenizerFast"
-            eos = self.eos_ids[0] if self.eos_ids else None
-            config: dict[str, Any] = {"tokenizer_class": kind, "clean_up_tokenization_spaces": False}
-            for role, token in (("bos", self.bos_id), ("eos", eos), ("pad", self.pad_id)):
-                if token is not None:
-                    config[f"{role}_token"] = self.spelling(token)
-            if self.chat_template is not None:
-                config["chat_template"] = self.chat_template
-            files["tokenizer_config.json"] = json.dumps(config, indent=2, ensure_ascii=False).encode()
-        return files
-
-
-class StreamDecoder:
-    """Ids one by one to text; a character comes out whole, and all pieces together equal `decode`."""
-
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self._pieces = tokenizer.vocabulary.pieces
-        self._strip = tokenizer.vocabulary.leading_space
-        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
-
-    def feed(self, token: int) -> str:
-        """The text that is certain after one more id; may be empty. Raises DataError on an unknown id."""
-        if not 0 <= token < len(self._pieces):
-            raise DataError(f"token id {token} lies outside the tokenizer's {len(self._pieces)} tokens")
-        piece = self._pieces[token]
-        if self._strip and piece:
-            piece = piece.removeprefix(b" ")
-            self._strip = False
-        return self._utf8.decode(piece)
-
-    def finish(self) -> str:
-        """What is left at the end: U+FFFD for a character that never became whole."""
-        return self._utf8.decode(b"", final=True)
-
-
 class HuggingFaceTokenizer(Tokenizer):
     """A `tokenizer.json`, run by the `tokenizers` library."""
 
     def __init__(
-        self, backend: tokenizers.Tokenizer, name: str, roles: Roles, files: dict[str, bytes] | None = None
+        self,
+        backend: tokenizers.Tokenizer,
+        name: str,
+        roles: Roles,
+        files: dict[str, bytes] | None = None,
     ) -> None:
         self._parsing = backend
         super().__init__(name, _backend_vocabulary(backend, name), roles, files or {})
@@ -230,7 +98,9 @@ class SentencePieceTokenizer(Tokenizer):
         ids: list[int] = []
         ids_by_spelling = {spelling: i for i, spelling in self.vocabulary.specials.items()}
         for part in _split_keeping(text, list(ids_by_spelling)):
-            ids += [ids_by_spelling[part]] if part in ids_by_spelling else self._processor.encode(part)
+            ids += (
+                [ids_by_spelling[part]] if part in ids_by_spelling else self._processor.encode(part)
+            )
         return ids
 
     def encode_prompt(self, text: str) -> list[int]:
@@ -268,16 +138,21 @@ def byte_tokenizer() -> HuggingFaceTokenizer:
 
 
 def finish_byte_level(backend: tokenizers.Tokenizer, name: str) -> HuggingFaceTokenizer:
-    """Adds to a byte-level model what all of ours share: BOS, EOS, padding, decoder, BOS before a prompt."""
+    """Adds to a byte-level model what all of ours share: BOS, EOS, padding, decoder, BOS before
+    a prompt."""
     backend.add_special_tokens([BOS, EOS, PAD])
-    bos, eos, pad = (backend.token_to_id(token) for token in (BOS, EOS, PAD))
+    ids = backend.get_vocab(with_added_tokens=True)
+    bos, eos, pad = ids[BOS], ids[EOS], ids[PAD]
     backend.decoder = decoders.ByteLevel()
-    backend.post_processor = processors.TemplateProcessing(single=f"{BOS} $A", special_tokens=[(BOS, bos)])
+    backend.post_processor = processors.TemplateProcessing(
+        single=f"{BOS} $A", special_tokens=[(BOS, bos)]
+    )
     return HuggingFaceTokenizer(backend, name, Roles(bos_id=bos, eos_ids=(eos,), pad_id=pad))
 
 
 def load(source: str | Path) -> Tokenizer:
-    """The tokenizer named by `byte`, a `tokenizer.json`, a `.model` file, or a directory with either.
+    """The tokenizer named by `byte`, a `tokenizer.json`, a `.model` file, or a directory with
+    either.
 
     Raises DataError when there is none, or its files contradict each other.
     """
@@ -301,12 +176,15 @@ def _load_directory(path: Path) -> Tokenizer:
     if "tokenizer.model" in files:
         plain = SentencePieceTokenizer(files["tokenizer.model"], str(path))
         ids = {spelling: i for i, spelling in plain.vocabulary.specials.items()}
-        added = {int(i): _content(token) for i, token in config.get("added_tokens_decoder", {}).items()}
+        added = {
+            int(i): _content(token) for i, token in config.get("added_tokens_decoder", {}).items()
+        }
         beyond = [f"{i} {token!r}" for i, token in sorted(added.items()) if i >= plain.vocab_size]
         if beyond:
             raise DataError(
-                f"{path}: tokenizer_config.json adds {beyond[0]} and {len(beyond) - 1} more beyond the"
-                f" {plain.vocab_size} pieces of tokenizer.model; give a directory with a tokenizer.json"
+                f"{path}: tokenizer_config.json adds {beyond[0]} and {len(beyond) - 1} more"
+                f" beyond the {plain.vocab_size} pieces of tokenizer.model; give a directory"
+                " with a tokenizer.json"
             )
         roles = _roles(config, generation, files, ids, plain.roles, str(path))
         add_bos = bool(config.get("add_bos_token", True))
@@ -315,7 +193,11 @@ def _load_directory(path: Path) -> Tokenizer:
 
 
 def _from_json(
-    content: bytes, name: str, config: dict[str, Any], generation: dict[str, Any], files: dict[str, bytes]
+    content: bytes,
+    name: str,
+    config: dict[str, Any],
+    generation: dict[str, Any],
+    files: dict[str, bytes],
 ) -> Tokenizer:
     try:
         backend = tokenizers.Tokenizer.from_buffer(content)
@@ -325,7 +207,9 @@ def _from_json(
     backend.no_truncation()
     ids = backend.get_vocab(with_added_tokens=True)
     added = backend.get_added_tokens_decoder()
-    first = backend.encode("", add_special_tokens=True).ids[:1]  # what the post-processor puts in front
+    first = backend.encode("", add_special_tokens=True).ids[
+        :1
+    ]  # what the post-processor puts in front
     bos = first[0] if first and first[0] in added else None
     return HuggingFaceTokenizer(
         backend, name, _roles(config, generation, files, ids, Roles(bos_id=bos), name), files
@@ -340,26 +224,35 @@ def _roles(
     otherwise: Roles,
     name: str,
 ) -> Roles:
-    """The roles that a directory's configuration files give, with those of `otherwise` where they are silent."""
+    """The roles that a directory's configuration files give, with those of `otherwise` where
+    they are silent."""
     if "special_tokens_map.json" in files:
-        config = {**_parse(files["special_tokens_map.json"], f"{name}/special_tokens_map.json"), **config}
+        config = {
+            **_parse(files["special_tokens_map.json"], f"{name}/special_tokens_map.json"),
+            **config,
+        }
     found: dict[str, int | None] = {}
     for role, known in (("bos", otherwise.bos_id), ("eos", None), ("pad", otherwise.pad_id)):
         token = _content(config.get(f"{role}_token"))
         if token is not None and token not in ids:
-            raise DataError(f"{name}: {role}_token {token!r} of its configuration is not in the vocabulary")
+            raise DataError(
+                f"{name}: {role}_token {token!r} of its configuration is not in the vocabulary"
+            )
         silent = f"{role}_token" not in config
         found[role] = ids[token] if token is not None else known if silent else None
     ends = generation.get("eos_token_id") or []
     ends = ends if isinstance(ends, list) else [ends]
-    ends = ([] if found["eos"] is None else [found["eos"]]) + ends
+    if found["eos"] is not None:
+        ends = [found["eos"], *ends]
     template = config.get("chat_template")
     if isinstance(template, list):
         named = {entry["name"]: entry["template"] for entry in template}
         template = named.get("default")
     if "chat_template.jinja" in files:
         template = files["chat_template.jinja"].decode("utf-8")
-    return Roles(found["bos"], tuple(dict.fromkeys(ends)) or otherwise.eos_ids, found["pad"], template)
+    return Roles(
+        found["bos"], tuple(dict.fromkeys(ends)) or otherwise.eos_ids, found["pad"], template
+    )
 
 
 def _backend_vocabulary(backend: tokenizers.Tokenizer, name: str) -> Vocabulary:
@@ -384,8 +277,8 @@ def _backend_vocabulary(backend: tokenizers.Tokenizer, name: str) -> Vocabulary:
 
     else:
         raise DataError(
-            f"{name}: its decoder ({', '.join(sorted(kinds)) or 'none'}) does not keep the bytes of the text;"
-            " byte-level and sentencepiece-like tokenizers are supported"
+            f"{name}: its decoder ({', '.join(sorted(kinds)) or 'none'}) does not keep the bytes of"
+            " the text; byte-level and sentencepiece-like tokenizers are supported"
         )
     for token, i in ids.items():
         if i not in added:
@@ -409,7 +302,9 @@ def byte_alphabet() -> dict[int, str]:
     """GPT-2's printable character for every byte, by byte."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     rest = [byte for byte in range(256) if byte not in printable]
-    return {byte: chr(byte) for byte in printable} | {byte: chr(256 + i) for i, byte in enumerate(rest)}
+    return {byte: chr(byte) for byte in printable} | {
+        byte: chr(256 + i) for i, byte in enumerate(rest)
+    }
 
 
 def _split_keeping(text: str, separators: list[str]) -> list[str]:
@@ -418,7 +313,9 @@ def _split_keeping(text: str, separators: list[str]) -> list[str]:
         parts = [
             piece
             for part in parts
-            for piece in ([part] if part in separators else _interleaved(part.split(separator), separator))
+            for piece in (
+                [part] if part in separators else _interleaved(part.split(separator), separator)
+            )
         ]
     return [part for part in parts if part]
 
@@ -434,7 +331,9 @@ def _content(token: Any) -> str | None:
 def _read(path: Path) -> bytes:
     try:
         if not stat.S_ISREG(path.stat().st_mode):
-            raise DataError(f"{path}: a tokenizer file must be a regular file, this is a pipe or a device")
+            raise DataError(
+                f"{path}: a tokenizer file must be a regular file, this is a pipe or a device"
+            )
         return path.read_bytes()
     except OSError as error:
         raise DataError(f"tokenizer {path}: cannot be read: {error.strerror or error}") from None

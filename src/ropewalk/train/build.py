@@ -75,6 +75,7 @@ class Built:
             run.objective,
             self.optimizer,
             self.placement,
+            rate=run.optimizer.schedule.build(run.optimizer.learning_rate, run.steps),
             compute=run.compute_dtype,
             accumulate=run.accumulate,
             seed=run.seed,
@@ -118,7 +119,7 @@ def build(run: Run) -> Built:
     placement = run.layout.place()
     _divides(run, placement)
     start = pretrained.load(run.model["path"]) if "path" in run.model else None
-    tokenizer = _tokenizer(run, directory, start)
+    tokenizer = _tokenizer(run)
     named = _named(run, start, tokenizer)
     process, processes = _rows_of(placement, run.data.batch_size)
     batches = pipeline.Batches(run.data, tokenizer, process, processes)
@@ -141,6 +142,24 @@ def build(run: Run) -> Built:
     return Built(run, directory, named, structure, placement, optimizer, tokenizer, batches, heldout, start)
 
 
+def model_of(run: Run) -> models.Named:
+    """Family and config of a run's model, without reading any data but what its tokenizer needs."""
+    start = pretrained.load(run.model["path"]) if "path" in run.model else None
+    return _named(run, start, None if start or "family" not in run.model else tokenizer_of(run))
+
+
+def tokenizer_of(run: Run) -> Tokenizer | None:
+    """The run's tokenizer, made anew unless the run keeps one; nothing is written."""
+    home = Path(run.directory) / pretrained.TOKENIZER
+    if home.is_dir():
+        return tokenizers.load(home)
+    if run.tokenizer.path is not None:
+        return tokenizers.load(run.tokenizer.path)
+    if run.tokenizer.bpe is not None:
+        return bpe.train(pipeline.texts(run.data), run.tokenizer.bpe)
+    return pretrained.load(run.model["path"]).tokenizer if "path" in run.model else None
+
+
 def _module(named: models.Named, run: Run, placement: Placement) -> Any:
     model = named.family.Model(named.config, rngs=nnx.Rngs(run.seed))
     return run.layout.apply(model, placement.platform)
@@ -159,27 +178,19 @@ def _named(run: Run, start: pretrained.Pretrained | None, tokenizer: Tokenizer |
     return models.from_recipe(values)
 
 
-def _tokenizer(run: Run, directory: Path, start: pretrained.Pretrained | None) -> Tokenizer | None:
+def _tokenizer(run: Run) -> Tokenizer | None:
     """The run's tokenizer, which the first process makes and keeps in the run directory for all."""
     if jax.process_count() == 1:
-        return _own_tokenizer(run, directory, start)
-    tokenizer = _own_tokenizer(run, directory, start) if jax.process_index() == 0 else None
+        return _own_tokenizer(run)
+    tokenizer = _own_tokenizer(run) if jax.process_index() == 0 else None
     multihost_utils.sync_global_devices("tokenizer")
-    return tokenizer or _own_tokenizer(run, directory, start)
+    return tokenizer or _own_tokenizer(run)
 
 
-def _own_tokenizer(run: Run, directory: Path, start: pretrained.Pretrained | None) -> Tokenizer | None:
-    """Kept from an earlier start, named by the recipe, trained on its text, or that of the model it starts from."""
-    home = directory / pretrained.TOKENIZER
-    if home.is_dir():
-        return tokenizers.load(home)
-    if run.tokenizer.path is not None:
-        tokenizer = tokenizers.load(run.tokenizer.path)
-    elif run.tokenizer.bpe is not None:
-        tokenizer = bpe.train(pipeline.texts(run.data), run.tokenizer.bpe)
-    else:
-        tokenizer = start.tokenizer if start is not None else None
-    if tokenizer is not None:
+def _own_tokenizer(run: Run) -> Tokenizer | None:
+    """Made once, then kept in the run directory."""
+    tokenizer, home = tokenizer_of(run), Path(run.directory) / pretrained.TOKENIZER
+    if tokenizer is not None and not home.is_dir():
         tokenizer.save(home)
     return tokenizer
 

@@ -50,7 +50,7 @@ class Evaluator:
             sums = jax.device_get(self._sums(params, place(arrays)))
             for name, pair in sums.items():
                 total[name] = total.get(name, np.zeros(2)) + np.asarray(pair, np.float64)
-        means = {name: pair[0] / max(pair[1], 1e-8) for name, pair in total.items()}
+        means = {name: float(pair[0] / max(pair[1], 1e-8)) for name, pair in total.items()}
         loss, size = means.pop("loss"), means.pop("bytes")
         return {
             "eval_loss": loss,

@@ -79,7 +79,6 @@ class _Loop:
         )
         if jax.process_index() == 0:
             write_atomic(built.directory / session.RECIPE, yaml.safe_dump(built.recipe, sort_keys=False))
-        self.rate = self.settings.optimizer.schedule.build(self.settings.optimizer.learning_rate, self.settings.steps)
         self.evaluator = built.evaluator()
         self.decoder: Decoder | None = None
         self.recent: deque[Any] = deque(maxlen=self.settings.stop_after_skipped)
@@ -169,8 +168,7 @@ class _Loop:
                 self._give_up(at, int(row))
         else:
             self.final_loss = means["loss"]
-        rate = float(self.rate(at - 1 - int(single["skipped"])))
-        return {**means, **single, "learning_rate": rate, **self.meter.observe(at, int(tokens), time.monotonic())}
+        return {**means, **single, **self.meter.observe(at, int(tokens), time.monotonic())}
 
     def _names(self, at: int) -> list[str]:
         rows = next((batch.names for step, batch in self.recent if step == at), ())

@@ -23,6 +23,7 @@ def make_step(
     optimizer: optax.GradientTransformation,
     placement: Placement,
     *,
+    rate: optax.Schedule,
     compute: Any,
     accumulate: int,
     seed: int,
@@ -30,7 +31,8 @@ def make_step(
     """The step `(state, batch) -> (state, metrics)`, to be jitted; batch arrays are [b, t].
 
     `structure` is the abstract model. Weights are cast to `compute` once; a batch is cut into `accumulate` micro-batches whose
-    gradient sums are divided once by the weight of all, so that they give the gradient of one batch.
+    gradient sums are divided once by the weight of all, so that they give the gradient of one batch. `rate` is the schedule
+    that `optimizer` follows, and is only reported.
     """
 
     def sums(params: dict[str, jax.Array], frozen: dict[str, jax.Array], batch: Batch, key: jax.Array):
@@ -66,6 +68,7 @@ def make_step(
                 "skipped_in_a_row": (state.extra["skipped_in_a_row"] + 1) * bad,
             }
             metrics = {**output.metrics, "grad_norm": norm, **extra}
+            metrics["learning_rate"] = rate(state.step - state.extra["skipped"])
             return State(params, state.frozen, opt_state, state.step + 1, extra), metrics
 
     return step

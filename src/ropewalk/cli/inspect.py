@@ -1,0 +1,78 @@
+"""`ropewalk inspect`."""
+
+import json
+import math
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+
+def inspect(
+    path: Annotated[str, typer.Argument(help="a recipe, run, checkpoint, model directory, .gguf file or preset")],
+    as_json: Annotated[bool, typer.Option("--json")] = False,
+) -> None:
+    """What is in it: parameters, shapes, dtypes, bytes."""
+    from ropewalk.checkpoint import pretrained  # start-up time
+
+    place = Path(path).expanduser()
+    found = pretrained.describe(place)
+    if found is not None:
+        kind, named, tensors = found
+        rows = [_row(name, record) for name, record in tensors.items()]
+    else:
+        kind, named, rows = _described(path)
+    total = {"parameters": sum(math.prod(shape) for _, shape, _, _ in rows), "bytes": sum(size for *_, size in rows)}
+    config = {"family": named.config.family(), **named.config.model_dump(mode="json")}
+    if as_json:
+        listed = [{"name": n, "shape": s, "dtype": d, "bytes": b} for n, s, d, b in rows]
+        print(json.dumps({"kind": kind, "config": config, **total, "tensors": listed}, indent=2))
+        return
+    width = max(len(name) for name, *_ in rows)
+    for name, shape, dtype, size in rows:
+        print(f"{name:{width}}  {'x'.join(map(str, shape)) or 'scalar':>18}  {dtype:>9}  {_amount(size):>10}")
+    print(f"{kind} {path}: {config.pop('family')}, {len(rows)} tensors")
+    print(f"{total['parameters']:,} numbers, {_amount(total['bytes'])}")
+    print("  ".join(f"{key}={value}" for key, value in config.items() if not isinstance(value, dict)))
+
+
+def _row(name: str, record: Any) -> tuple[str, list[int], str, int]:
+    """Name, shape, dtype and bytes of a tensor as a checkpoint, a safetensors file or a GGUF file describes it."""
+    import numpy as np  # start-up time
+
+    if hasattr(record, "n_bytes"):  # gguf: dims from the fastest on
+        return name, [int(n) for n in reversed(record.shape)], record.tensor_type.name, int(record.n_bytes)
+    shape = list(record.shape)
+    if hasattr(record, "start"):
+        return name, shape, record.dtype, record.end - record.start
+    import ml_dtypes  # start-up time; registers bfloat16 with numpy
+
+    size = np.dtype(getattr(ml_dtypes, record.dtype, record.dtype)).itemsize
+    return name, shape, record.dtype, math.prod(shape) * size
+
+
+def _described(path: str) -> tuple[str, Any, list[tuple[str, list[int], str, int]]]:
+    """A recipe or a preset: what the model will hold."""
+    from ropewalk import models  # start-up time
+    from ropewalk.checkpoint.pretrained import abstract
+    from ropewalk.layers.lm import table
+    from ropewalk.train import build, run
+
+    if path in models.presets():
+        kind, named = "preset", models.presets()[path]
+    else:
+        kind, named = "recipe", build.model_of(run.read(path))
+    specs = table(abstract(named.family, named.config))
+    rows = [
+        (name, list(spec.shape), str(spec.dtype), math.prod(spec.shape) * spec.dtype.itemsize)
+        for name, spec in specs.items()
+    ]
+    return kind, named, rows
+
+
+def _amount(size: float) -> str:
+    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
+        if size < 1024 or unit == "TiB":
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1024
+    raise ValueError(size)
