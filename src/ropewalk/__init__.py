@@ -16,7 +16,9 @@ __version__ = "0.1.0"
 
 def __getattr__(name: str) -> Any:
     if name == "load":
-        from ropewalk.checkpoint.pretrained import load  # start-up time: jax is imported when first needed
+        from ropewalk.checkpoint.pretrained import (
+            load,
+        )  # start-up time: jax is imported when first needed
 
         return load
     raise AttributeError(f"module `ropewalk` has no attribute `{name}`")

@@ -303,6 +303,7 @@ METADATA = {
     "text for a number": ({"embedding_length": "x"}, "`llama.embedding_length` is 'x'"),
     "no epsilon": ({"attention__layer_norm_rms_epsilon": 0.0}, "is 0.0, expected a number > 0"),
     "theta not a number": ({"rope__freq_base": float("nan")}, "is nan, expected a number > 0"),
+    "odd heads": ({"attention__key_length": 15}, "heads have size 15"),
     "partial rotary": ({"rope__dimension_count": 8}, "`llama.rope.dimension_count` is 8.* size 16"),
 }  # fmt: skip
 

@@ -128,6 +128,7 @@ HEADERS = {
     "unknown dtype": (raw({"a": entry("F7")}, b"\0" * 8), "dtype 'F7', which is unknown"),
     "dtype a list": (raw({"a": entry([])}, b"\0" * 8), r"dtype \[\], which is unknown"),
     "negative size": (raw({"a": entry(shape=(-2,))}, b"\0" * 8), "expected whole numbers"),
+    "size of 2**63": (raw({"a": entry(shape=(0, 2**63))}, b"\0" * 8), "expected whole numbers"),
     "fractional size": (raw({"a": entry(shape=(2.0,))}, b"\0" * 8), "expected whole numbers"),
     "boolean size": (raw({"a": entry(shape=(True,))}, b"\0" * 8), "expected whole numbers"),
     "shape not a list": (raw({"a": entry(shape="2")}, b"\0" * 8), "expected whole numbers"),

@@ -54,7 +54,9 @@ KINDS = ["byte", "bpe", "sentencepiece"]
 def test_decode_undoes_encode(kinds: dict[str, Tokenizer], kind: str, text: str) -> None:
     tokenizer = kinds[kind]
     if kind == "sentencepiece":
-        text = text.replace("\0", "").replace("\u2581", "")  # its mark for a space, and its terminator
+        text = text.replace("\0", "").replace(
+            "\u2581", ""
+        )  # its mark for a space, and its terminator
     ids = tokenizer.encode(text)
     assert tokenizer.decode(ids) == text
     added = int(tokenizer.vocabulary.leading_space and bool(text))
@@ -132,14 +134,19 @@ def test_special_tokens_in_text_are_text(kinds: dict[str, Tokenizer], kind: str)
     assert tokenizer.token_bytes()[end] == 0
 
 
-def test_files_of_a_directory_are_kept_and_read(tmp_path: Path, kinds: dict[str, Tokenizer]) -> None:
+def test_files_of_a_directory_are_kept_and_read(
+    tmp_path: Path, kinds: dict[str, Tokenizer]
+) -> None:
     source, target = tmp_path / "a", tmp_path / "b"
     kinds["bpe"].save(source)
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": None,
         "eos_token": {"content": "<|eos|>", "lstrip": False},
-        "chat_template": [{"name": "default", "template": "first"}, {"name": "rag", "template": "x"}],
+        "chat_template": [
+            {"name": "default", "template": "first"},
+            {"name": "rag", "template": "x"},
+        ],
     }
     (source / "tokenizer_config.json").write_text(json.dumps(config, indent=7))
     (source / "special_tokens_map.json").write_text('{"pad_token": "<|pad|>"}')
@@ -147,7 +154,10 @@ def test_files_of_a_directory_are_kept_and_read(tmp_path: Path, kinds: dict[str,
     tokenizer = tokenizers.load(source)
     ids = {kinds["bpe"].spelling(i): i for i in kinds["bpe"].vocabulary.specials}
     assert tokenizer.roles == tokenizers.Roles(
-        None, (ids["<|eos|>"], *(i for i in (298, 5) if i != ids["<|eos|>"])), ids["<|pad|>"], "first"
+        None,
+        (ids["<|eos|>"], *(i for i in (298, 5) if i != ids["<|eos|>"])),
+        ids["<|pad|>"],
+        "first",
     )
     (source / "chat_template.jinja").write_text("second")
     tokenizer = tokenizers.load(source)
@@ -206,7 +216,11 @@ def test_metaspace_json_counts_bytes_like_its_sentencepiece_model(tmp_path: Path
     )
     backend = library.Tokenizer(
         library.models.BPE(
-            vocab, [(a, b) for _, a, b in merges], unk_token="<unk>", fuse_unk=True, byte_fallback=True
+            vocab,
+            [(a, b) for _, a, b in merges],
+            unk_token="<unk>",
+            fuse_unk=True,
+            byte_fallback=True,
         )
     )
     normalizers, decoders = library.normalizers, library.decoders
@@ -214,7 +228,12 @@ def test_metaspace_json_counts_bytes_like_its_sentencepiece_model(tmp_path: Path
         [normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")]
     )
     backend.decoder = decoders.Sequence(
-        [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+        [
+            decoders.Replace("\u2581", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(" ", 1, 0),
+        ]
     )
     backend.add_special_tokens(["<unk>", "<s>", "</s>"])
     backend.save(str(tmp_path / "tokenizer.json"))

@@ -1,1 +1,2 @@
-"""Saved models and train states: native checkpoints, and the formats of others. Knows no training."""
+"""Saved models and train states: native checkpoints, and the formats of others. Knows no
+training."""

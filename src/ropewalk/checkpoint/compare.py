@@ -29,19 +29,33 @@ class Comparison:
     """`same`, `different`, or `absent`"""
 
     def same(self, tolerance: float) -> bool:
-        """Whether nothing differs but logits within the tolerance and the rounding of tensors behind them."""
-        return not self.config and not self.missing and self.tokenizer != "different" and self.logits <= tolerance
+        """Whether nothing differs but logits within the tolerance and the rounding of tensors
+        behind them."""
+        return (
+            not self.config
+            and not self.missing
+            and self.tokenizer != "different"
+            and self.logits <= tolerance
+        )
 
     def summary(self) -> dict[str, Any]:
         """Everything, for JSON."""
-        return {**dataclasses.asdict(self), "logits": None if np.isnan(self.logits) else self.logits}
+        return {
+            **dataclasses.asdict(self),
+            "logits": None if np.isnan(self.logits) else self.logits,
+        }
 
     def lines(self) -> list[str]:
         """Everything, for a person."""
-        found = [f"config {key}: {ours!r} against {theirs!r}" for key, (ours, theirs) in self.config.items()]
+        found = [
+            f"config {key}: {ours!r} against {theirs!r}"
+            for key, (ours, theirs) in self.config.items()
+        ]
         found += [f"only in one: {path}" for path in self.missing[:5]]
         worst = sorted(self.tensors.items(), key=lambda item: -item[1])
-        found += [f"tensor {path}: differs by up to {difference:.3g}" for path, difference in worst[:5]]
+        found += [
+            f"tensor {path}: differs by up to {difference:.3g}" for path, difference in worst[:5]
+        ]
         exact = self.compared - len(self.tensors)
         found.append(f"tensors: {exact} of {self.compared} equal bit for bit in float32")
         found.append(f"logits over {_POSITIONS} positions: largest difference {self.logits:.3g}")
@@ -55,7 +69,9 @@ def compare(model: str | Path, against: str | Path) -> Comparison:
     config = {key: (a.get(key), b.get(key)) for key in sorted({*a, *b}) if a.get(key) != b.get(key)}
     if ours.family is not theirs.family:
         config["family"] = (ours.config.family(), theirs.config.family())
-    shapes = [{path: tuple(value.shape) for path, value in lm.params.items()} for lm in (ours, theirs)]
+    shapes = [
+        {path: tuple(value.shape) for path, value in lm.params.items()} for lm in (ours, theirs)
+    ]
     both = [path for path, shape in shapes[0].items() if shapes[1].get(path) == shape]
     missing = sorted(path for path in {*shapes[0], *shapes[1]} if path not in both)
     differences = {path: _difference(ours.params[path], theirs.params[path]) for path in both}
@@ -85,4 +101,8 @@ def _tokenizers(ours: Pretrained, theirs: Pretrained) -> str:
         return "absent"
     same = ours.tokenizer.encode(_TEXT) == theirs.tokenizer.encode(_TEXT)
     same = same and ours.tokenizer.eos_ids == theirs.tokenizer.eos_ids
-    return "same" if same and ours.tokenizer.chat_template == theirs.tokenizer.chat_template else "different"
+    return (
+        "same"
+        if same and ours.tokenizer.chat_template == theirs.tokenizer.chat_template
+        else "different"
+    )

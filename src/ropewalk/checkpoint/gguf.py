@@ -147,6 +147,8 @@ class File:
                     f"{self.path}: {problem}, which must equal the head size {head_dim}; "
                     "use another file of a supported model"
                 )
+        if head_dim % 2:
+            raise ModelError(f"{self.path}: its heads have size {head_dim}, rotary ones are even")
         layers = self._count(Keys.LLM.BLOCK_COUNT)
         embedding = self.tensors.get("token_embd.weight")
         if embedding is None or len(embedding.shape) != 2 or layers > len(self.tensors):

@@ -1,4 +1,5 @@
-"""A model with its tokenizer, from whatever names one: a Hugging Face directory, a run, a checkpoint, a GGUF file, a preset."""
+"""A model with its tokenizer, from whatever names one: a Hugging Face directory, a run, a
+checkpoint, a GGUF file, a preset."""
 
 import dataclasses
 from collections.abc import Iterator, Sequence
@@ -58,16 +59,20 @@ class Pretrained:
         return Decoder(with_parameters(self.structure, self.params))
 
     def logits(self, tokens: Any) -> np.ndarray:
-        """Logits float32 [b, t, v] of token ids [b, t] (lists, numpy or jax). Raises ModelError for ids out of range."""
+        """Logits float32 [b, t, v] of token ids [b, t] (lists, numpy or jax). Raises ModelError for
+        ids out of range."""
         ids = np.asarray(tokens)
         if ids.ndim != 2 or not np.issubdtype(ids.dtype, np.integer) or ids.size == 0:
             raise ModelError(f"tokens are integers [b, t]; these are {ids.dtype} {list(ids.shape)}")
         if ids.min() < 0 or ids.max() >= self.config.vocab_size:
             outside = ids.min() if ids.min() < 0 else ids.max()
-            raise ModelError(f"token {outside} is outside the vocabulary of {self.config.vocab_size}")
+            raise ModelError(
+                f"token {outside} is outside the vocabulary of {self.config.vocab_size}"
+            )
         if ids.shape[1] > self.config.max_position_embeddings:
             raise ModelError(
-                f"{ids.shape[1]} tokens are more than the model's {self.config.max_position_embeddings} positions; "
+                f"{ids.shape[1]} tokens are more than the model's "
+                f"{self.config.max_position_embeddings} positions; "
                 f"shorten the sequence"
             )
         return np.asarray(self._logits(self.params, jnp.asarray(ids, jnp.int32)))
@@ -77,11 +82,16 @@ class Pretrained:
         return jax.jit(lambda params, ids: with_parameters(self.structure, params)(ids)[0])
 
     def generate(
-        self, prompts: Sequence[str] | Sequence[Sequence[int]] | str, max_new_tokens: int = 128, **sampling: Any
+        self,
+        prompts: Sequence[str] | Sequence[Sequence[int]] | str,
+        max_new_tokens: int = 128,
+        **sampling: Any,
     ) -> list[Generation]:
-        """One Generation a prompt: texts, or lists of ids. `sampling`: temperature, top_k, top_p, seed.
+        """One Generation a prompt: texts, or lists of ids. `sampling`: temperature, top_k, top_p,
+        seed.
 
-        Writing stops at the tokenizer's end token, which is not part of the text. Raises ModelError and ConfigError.
+        Writing stops at the tokenizer's end token, which is not part of the text. Raises ModelError
+        and ConfigError.
         """
         many = [prompts] if isinstance(prompts, str) else list(prompts)
         ids = [self.encode(prompt) if isinstance(prompt, str) else list(prompt) for prompt in many]
@@ -90,46 +100,56 @@ class Pretrained:
         tokens: list[list[int]] = [[] for _ in ids]
         logprobs: list[list[float]] = [[] for _ in ids]
         for emitted in self.decoder.stream(ids, settings, stops) if ids else ():
-            for row, (token, logprob) in enumerate(zip(*emitted, strict=True)):
-                if token is not None:
-                    tokens[row].append(token)
-                    logprobs[row].append(logprob)
-        return [Generation(self.decode(t, stops), t, p) for t, p in zip(tokens, logprobs, strict=True)]
+            tokens[emitted.row].append(emitted.token)
+            logprobs[emitted.row].append(emitted.logprob)
+        return [
+            Generation(self.decode(t, stops), t, p) for t, p in zip(tokens, logprobs, strict=True)
+        ]
 
     def stream(self, ids: Sequence[int], sampling: Sampling) -> Iterator[str]:
         """The text after one prompt, piece by piece; never half a character. Needs a tokenizer."""
         tokenizer = self.require_tokenizer()
         decoder = StreamDecoder(tokenizer)
         for emitted in self.decoder.stream([ids], sampling, tokenizer.eos_ids):
-            token = emitted.tokens[0]
-            if token is not None and token not in tokenizer.eos_ids:
-                yield decoder.feed(token)
+            if emitted.token not in tokenizer.eos_ids:
+                yield decoder.feed(emitted.token)
         yield decoder.finish()
 
     def encode(self, prompt: str) -> list[int]:
-        """A prompt's ids, with BOS where the tokenizer puts it; an empty prompt is BOS alone where there is one."""
+        """A prompt's ids, with BOS where the tokenizer puts it; an empty prompt is BOS alone where
+        there is one."""
         tokenizer = self.require_tokenizer()
         ids = tokenizer.encode_prompt(prompt)
         return ids or ([tokenizer.bos_id] if tokenizer.bos_id is not None else [])
 
     def decode(self, tokens: Sequence[int], stops: Sequence[int] = ()) -> str:
         """The text of ids, without the tokens that end it; empty without a tokenizer."""
-        return self.tokenizer.decode([token for token in tokens if token not in stops]) if self.tokenizer else ""
+        return (
+            self.tokenizer.decode([token for token in tokens if token not in stops])
+            if self.tokenizer
+            else ""
+        )
 
     def require_tokenizer(self) -> Tokenizer:
         """The tokenizer. Raises ModelError when the source came without one."""
         if self.tokenizer is None:
-            raise ModelError(f"{self.source}: has no tokenizer; give token ids, or add its tokenizer.json")
+            raise ModelError(
+                f"{self.source}: has no tokenizer; give token ids, or add its tokenizer.json"
+            )
         return self.tokenizer
 
     def save(self, directory: str | Path, dtype: str | None = None) -> Path:
-        """Writes a Hugging Face directory in `dtype` (by default that of the weights). Raises ModelError."""
+        """Writes a Hugging Face directory in `dtype` (by default that of the weights). Raises
+        ModelError."""
         tensors = weights.export(self.params, self.family.WEIGHTS, table(self.structure))
         kept = dtype or str(self.params["embed.weight"].dtype)
         config = self.config.to_hf()
         if self.tokenizer is not None:
             eos = self.tokenizer.eos_ids
-            config |= {"bos_token_id": self.tokenizer.bos_id, "eos_token_id": eos[0] if len(eos) == 1 else list(eos) or None}
+            config |= {
+                "bos_token_id": self.tokenizer.bos_id,
+                "eos_token_id": eos[0] if len(eos) == 1 else list(eos) or None,
+            }
             config |= {"pad_token_id": self.tokenizer.pad_id}
         return hf.write(directory, config, tensors, dtype=kept, tokenizer=self.tokenizer)
 
@@ -140,10 +160,11 @@ def abstract(family: Any, config: Any) -> Any:
 
 
 def load(source: str | Path, dtype: str | None = None) -> Pretrained:
-    """The model that `source` names: a Hugging Face directory, a run or one of its checkpoints, a GGUF file, or a preset.
+    """The model that `source` names: a Hugging Face directory, a run or one of its checkpoints, a
+    GGUF file, or a preset.
 
-    `dtype` is float32, bfloat16 or float16; by default that of the file (float32 for GGUF and for a preset, whose weights are
-    random with seed 0). Raises ModelError when it is none of these.
+    `dtype` is float32, bfloat16 or float16; by default that of the file (float32 for GGUF and for a
+    preset, whose weights are random with seed 0). Raises ModelError when it is none of these.
     """
     kept = None if dtype is None else str(dtypes.parse(dtype))
     path = Path(source).expanduser()
@@ -156,12 +177,14 @@ def load(source: str | Path, dtype: str | None = None) -> Pretrained:
     if str(source) in presets:
         return _from_preset(str(source), kept or "float32")
     raise ModelError(
-        f"`{source}` is no model: give a Hugging Face directory, a run, a .gguf file, or a preset ({', '.join(presets)})"
+        f"`{source}` is no model: give a Hugging Face directory, a run, a .gguf file, or a preset "
+        f"({', '.join(presets)})"
     )
 
 
 def describe(path: Path) -> tuple[str, models.Named, dict[str, Any]] | None:
-    """What kind of model a path holds, its family and config, and each stored tensor's record by name; None for no model."""
+    """What kind of model a path holds, its family and config, and each stored tensor's record by
+    name; None for no model."""
     if path.is_file() and path.suffix == ".gguf":
         file = gguf.read(path)
         return "GGUF file", models.from_hf(file.config, str(path)), file.tensors
@@ -174,7 +197,11 @@ def describe(path: Path) -> tuple[str, models.Named, dict[str, Any]] | None:
     if not (path / hf.CONFIG).exists():
         return None
     directory = hf.read(path)
-    return "Hugging Face directory", models.from_hf(directory.config, str(path / hf.CONFIG)), directory.reader.tensors
+    return (
+        "Hugging Face directory",
+        models.from_hf(directory.config, str(path / hf.CONFIG)),
+        directory.reader.tensors,
+    )
 
 
 def _checkpoint_in(path: Path) -> Path | None:
@@ -193,7 +220,9 @@ def _from_hf(path: Path, dtype: str | None) -> Pretrained:
     family, config = models.from_hf(directory.config, str(path / hf.CONFIG))
     named = directory.config.get("torch_dtype") or directory.config.get("dtype") or "float32"
     kept = dtype or str(dtypes.parse(named))
-    params = weights.load_into(directory.reader, family.WEIGHTS, table(abstract(family, config)), dtype=kept)
+    params = weights.load_into(
+        directory.reader, family.WEIGHTS, table(abstract(family, config)), dtype=kept
+    )
     tokenizer = tokenizers.load(path) if directory.tokenizer_files else None
     return Pretrained(family, config, params, tokenizer, str(path))
 
@@ -201,7 +230,9 @@ def _from_hf(path: Path, dtype: str | None) -> Pretrained:
 def _from_gguf(path: Path, dtype: str) -> Pretrained:
     file = gguf.read(path)
     family, config = models.from_hf(file.config, str(path))
-    params = weights.load_into(file.reader(family.WEIGHTS), family.WEIGHTS, table(abstract(family, config)), dtype=dtype)
+    params = weights.load_into(
+        file.reader(family.WEIGHTS), family.WEIGHTS, table(abstract(family, config)), dtype=dtype
+    )
     return Pretrained(family, config, params, _gguf_tokenizer(file.tokenizer, str(path)), str(path))
 
 
@@ -216,7 +247,10 @@ def _gguf_tokenizer(found: dict[str, Any], name: str) -> Tokenizer:
     )
     ends = [found[key] for key in ("eos_token_id", "eot_token_id") if key in found]
     roles = tokenizers.Roles(
-        found.get("bos_token_id"), tuple(dict.fromkeys(ends)), found.get("pad_token_id"), found.get("chat_template")
+        found.get("bos_token_id"),
+        tuple(dict.fromkeys(ends)),
+        found.get("pad_token_id"),
+        found.get("chat_template"),
     )
     return parts.build(described, roles, name)
 

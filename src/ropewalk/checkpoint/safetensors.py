@@ -289,7 +289,7 @@ def _stored(path: Path, real: Path, name: str, entry: Any, begin: int) -> Stored
 
 
 def _sizes(values: Any) -> bool:
-    return isinstance(values, list) and all(type(value) is int and value >= 0 for value in values)
+    return isinstance(values, list) and all(type(v) is int and 0 <= v < 2**63 for v in values)
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -1,4 +1,5 @@
-"""The command line: one thin file a command. Everything heavy is imported inside the command that needs it."""
+"""The command line: one thin file a command. Everything heavy is imported inside the command that
+needs it."""
 
 import sys
 
@@ -13,8 +14,9 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    help="Train, tune and run language models, from random weights to a served model. Results go to stdout, "
-    "progress to stderr; a mistake ends with one paragraph and exit code 2 (add --debug for the traceback).",
+    help="Train, tune and run language models, from random weights to a served model. Results go "
+    "to stdout, progress to stderr; a mistake ends with one paragraph and exit code 2 "
+    "(add --debug for the traceback).",
 )
 app.command()(train.train)
 app.command()(generate.generate)
@@ -29,7 +31,8 @@ app.command()(doctor.doctor)
 
 
 def main() -> None:
-    """Runs the command in sys.argv and exits: 0 on success, 2 with one paragraph on a user's mistake."""
+    """Runs the command in sys.argv and exits: 0 on success, 2 with one paragraph on a user's
+    mistake."""
     debug = "--debug" in sys.argv
     sys.argv[:] = [word for word in sys.argv if word != "--debug"]
     setup(debug)

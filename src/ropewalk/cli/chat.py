@@ -7,27 +7,39 @@ import typer
 
 
 def chat(
-    model: Annotated[str, typer.Argument(help="Hugging Face directory, run or .gguf file with a chat template")],
+    model: Annotated[
+        str, typer.Argument(help="Hugging Face directory, run or .gguf file with a chat template")
+    ],
     system: Annotated[str, typer.Option(help="the system message")] = "",
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 512,
     temperature: Annotated[float, typer.Option(min=0.0)] = 0.2,
     top_p: float = 0.9,
     seed: int = 0,
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16; by default that of the file")] = "",
+    dtype: Annotated[
+        str, typer.Option(help="float32, bfloat16 or float16; by default that of the file")
+    ] = "",
 ) -> None:
-    """Talk with a model; each line of standard input is a turn, /reset begins anew, end of file leaves."""
+    """Talk with a model; each line of standard input is a turn, /reset begins anew, end of file
+    leaves."""
     from ropewalk.checkpoint.pretrained import load  # start-up time
     from ropewalk.core.compilation import keep_programs
     from ropewalk.layers.decode import Sampling
     from ropewalk.text import chat as templates
 
     keep_programs()
-    knobs = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "seed": seed}
+    knobs = {
+        "max_new_tokens": max_new_tokens,
+        "temperature": temperature,
+        "top_p": top_p,
+        "seed": seed,
+    }
     sampling = Sampling.parse(knobs, "chat")
     lm = load(model, dtype or None)
     tokenizer = lm.require_tokenizer()
     opening = [{"role": "system", "content": system}] if system else []
-    templates.render(tokenizer, [*opening, {"role": "user", "content": "hello"}])  # no template: say so before the first turn
+    templates.render(
+        tokenizer, [*opening, {"role": "user", "content": "hello"}]
+    )  # no template: say so before the first turn
     messages = list(opening)
     while (line := _turn()) is not None:
         if line.strip() == "/reset":

@@ -7,11 +7,14 @@ import typer
 
 def data(
     recipe: Annotated[str, typer.Argument(help="a recipe, as for train")],
-    overrides: Annotated[list[str] | None, typer.Argument(help="changes, e.g. data.length=128")] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="changes, e.g. data.length=128")
+    ] = None,
     rows: Annotated[int, typer.Option(min=0, help="packed rows to show")] = 4,
     batches: Annotated[int, typer.Option(min=1, help="batches to count")] = 20,
 ) -> None:
-    """Show packed examples, boundaries and trained tokens visible, and count tokens, truncations and padding."""
+    """Show packed examples, boundaries and trained tokens visible, and count tokens, truncations
+    and padding."""
     from rich.console import Console  # start-up time
 
     from ropewalk.data import pipeline, show, stats

@@ -13,14 +13,16 @@ from typing import Annotated, Any
 import typer
 
 _PACKAGES = (
-    "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "pydantic", "typer", "rich", "tokenizers", "sentencepiece",
-    "safetensors", "jinja2", "gguf", "tensorboardX", "pyarrow", "array-record",
+    "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "pydantic", "typer", "rich",
+    "tokenizers", "sentencepiece", "safetensors", "jinja2", "gguf", "tensorboardX", "pyarrow",
+    "array-record",
 )  # fmt: skip
 _EXTRAS = {"wandb": ("wandb", "writing to Weights & Biases")}
 
 
 def doctor(as_json: Annotated[bool, typer.Option("--json")] = False) -> None:
-    """Devices, versions, memory, and what is missing with the line that installs it. Exit code 1 when training cannot work."""
+    """Devices, versions, memory, and what is missing with the line that installs it. Exit code 1
+    when training cannot work."""
     facts = _facts()
     missing = [name for name in _PACKAGES if facts["versions"][name] is None]
     advice = [f"{name} is missing: pip install {name}" for name in missing]
@@ -34,7 +36,11 @@ def doctor(as_json: Annotated[bool, typer.Option("--json")] = False) -> None:
         print(json.dumps({**facts, "advice": advice}, indent=2))
     else:
         for name, value in facts.items():
-            shown = ", ".join(f"{k} {v or 'missing'}" for k, v in value.items()) if isinstance(value, dict) else value
+            shown = (
+                ", ".join(f"{k} {v or 'missing'}" for k, v in value.items())
+                if isinstance(value, dict)
+                else value
+            )
             print(f"{name + ':':12} {shown}")
         for line in advice:
             print(f"- {line}")
@@ -42,13 +48,15 @@ def doctor(as_json: Annotated[bool, typer.Option("--json")] = False) -> None:
 
 
 def _facts() -> dict[str, Any]:
+    from ropewalk.core.compilation import programs_directory  # start-up time
+
     return {
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
         "memory": f"{_memory() / 2**30:.1f} GiB of RAM",
         "disk": f"{shutil.disk_usage(Path.cwd()).free / 2**30:.1f} GiB free here",
         "devices": _devices(),
-        "programs": f"kept in {Path(os.environ.get('XDG_CACHE_HOME', '~/.cache')) / 'ropewalk' / 'programs'}",
+        "programs": f"kept in {programs_directory()}",
         "versions": {name: _version(name) for name in _PACKAGES},
     }
 
@@ -75,7 +83,9 @@ def _accelerator_advice(facts: dict[str, Any]) -> list[str]:
     seen = facts["devices"]
     advice = []
     if Path("/proc/driver/nvidia").exists() and "gpu" not in seen:
-        advice.append("an NVIDIA driver is here and JAX does not use the GPU: pip install 'ropewalk[cuda]'")
+        advice.append(
+            "an NVIDIA driver is here and JAX does not use the GPU: pip install 'ropewalk[cuda]'"
+        )
     if any(Path("/dev").glob("accel*")) and "tpu" not in seen:
         advice.append("a TPU is here and JAX does not use it: pip install 'ropewalk[tpu]'")
     return advice

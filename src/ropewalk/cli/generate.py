@@ -7,14 +7,22 @@ import typer
 
 
 def generate(
-    model: Annotated[str, typer.Argument(help="Hugging Face directory, run, .gguf file, or preset")],
+    model: Annotated[
+        str, typer.Argument(help="Hugging Face directory, run, .gguf file, or preset")
+    ],
     prompt: Annotated[str, typer.Option(help="text to go on from; `-` reads standard input")] = "",
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 128,
-    temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the most likely token")] = 0.8,
+    temperature: Annotated[
+        float, typer.Option(min=0.0, help="0 takes the most likely token")
+    ] = 0.8,
     top_k: Annotated[int, typer.Option(min=0, help="only the k most likely tokens; 0 = all")] = 0,
-    top_p: Annotated[float, typer.Option(help="only the most likely tokens with this total probability")] = 1.0,
+    top_p: Annotated[
+        float, typer.Option(help="only the most likely tokens with this total probability")
+    ] = 1.0,
     seed: int = 0,
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16; by default that of the file")] = "",
+    dtype: Annotated[
+        str, typer.Option(help="float32, bfloat16 or float16; by default that of the file")
+    ] = "",
 ) -> None:
     """Write text after a prompt."""
     from ropewalk.checkpoint.pretrained import load  # start-up time

@@ -10,18 +10,27 @@ def import_(
     source: Annotated[str, typer.Argument(help="the model to bring in")],
     directory: Annotated[Path, typer.Argument(help="where the Hugging Face directory goes")],
     format: Annotated[str, typer.Option(help="of the source: gguf or hf")] = "",
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16; by default that of the source")] = "",
+    dtype: Annotated[
+        str, typer.Option(help="float32, bfloat16 or float16; by default that of the source")
+    ] = "",
 ) -> None:
     """Bring a foreign checkpoint in, as a Hugging Face directory that every command here takes."""
     from ropewalk.cli.export import export  # start-up time
     from ropewalk.core.errors import ModelError
 
     path = Path(source)
-    found = "gguf" if path.is_file() and path.suffix == ".gguf" else "hf" if path.is_dir() else "nothing that is known"
+    found = (
+        "gguf"
+        if path.is_file() and path.suffix == ".gguf"
+        else "hf"
+        if path.is_dir()
+        else "nothing that is known"
+    )
     if format and format not in ("gguf", "hf"):
         raise ModelError(f"--format {format} is not supported; supported: gguf, hf")
     if found not in ("gguf", "hf") or (format and format != found):
         raise ModelError(
-            f"{source}: is {found}, not {format or 'a .gguf file or a Hugging Face directory'}; check the path and --format"
+            f"{source}: is {found}, not {format or 'a .gguf file or a Hugging Face directory'}; "
+            "check the path and --format"
         )
     export(source, directory, dtype)

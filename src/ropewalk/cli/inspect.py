@@ -9,7 +9,9 @@ import typer
 
 
 def inspect(
-    path: Annotated[str, typer.Argument(help="a recipe, run, checkpoint, model directory, .gguf file or preset")],
+    path: Annotated[
+        str, typer.Argument(help="a recipe, run, checkpoint, model directory, .gguf file or preset")
+    ],
     as_json: Annotated[bool, typer.Option("--json")] = False,
 ) -> None:
     """What is in it: parameters, shapes, dtypes, bytes."""
@@ -22,7 +24,10 @@ def inspect(
         rows = [_row(name, record) for name, record in tensors.items()]
     else:
         kind, named, rows = _described(path)
-    total = {"parameters": sum(math.prod(shape) for _, shape, _, _ in rows), "bytes": sum(size for *_, size in rows)}
+    total = {
+        "parameters": sum(math.prod(shape) for _, shape, _, _ in rows),
+        "bytes": sum(size for *_, size in rows),
+    }
     config = {"family": named.config.family(), **named.config.model_dump(mode="json")}
     if as_json:
         listed = [{"name": n, "shape": s, "dtype": d, "bytes": b} for n, s, d, b in rows]
@@ -30,18 +35,29 @@ def inspect(
         return
     width = max(len(name) for name, *_ in rows)
     for name, shape, dtype, size in rows:
-        print(f"{name:{width}}  {'x'.join(map(str, shape)) or 'scalar':>18}  {dtype:>9}  {_amount(size):>10}")
+        print(
+            f"{name:{width}}  {'x'.join(map(str, shape)) or 'scalar':>18}  {dtype:>9}  "
+            f"{_amount(size):>10}"
+        )
     print(f"{kind} {path}: {config.pop('family')}, {len(rows)} tensors")
     print(f"{total['parameters']:,} numbers, {_amount(total['bytes'])}")
-    print("  ".join(f"{key}={value}" for key, value in config.items() if not isinstance(value, dict)))
+    print(
+        "  ".join(f"{key}={value}" for key, value in config.items() if not isinstance(value, dict))
+    )
 
 
 def _row(name: str, record: Any) -> tuple[str, list[int], str, int]:
-    """Name, shape, dtype and bytes of a tensor as a checkpoint, a safetensors file or a GGUF file describes it."""
+    """Name, shape, dtype and bytes of a tensor as a checkpoint, a safetensors file or a GGUF file
+    describes it."""
     import numpy as np  # start-up time
 
     if hasattr(record, "n_bytes"):  # gguf: dims from the fastest on
-        return name, [int(n) for n in reversed(record.shape)], record.tensor_type.name, int(record.n_bytes)
+        return (
+            name,
+            [int(n) for n in reversed(record.shape)],
+            record.tensor_type.name,
+            int(record.n_bytes),
+        )
     shape = list(record.shape)
     if hasattr(record, "start"):
         return name, shape, record.dtype, record.end - record.start

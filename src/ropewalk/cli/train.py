@@ -8,14 +8,22 @@ import typer
 
 
 def train(
-    recipe: Annotated[str, typer.Argument(help="a YAML file, or the name of a bundled recipe, e.g. tiny")] = "",
+    recipe: Annotated[
+        str, typer.Argument(help="a YAML file, or the name of a bundled recipe, e.g. tiny")
+    ] = "",
     overrides: Annotated[
-        list[str] | None, typer.Argument(help="changes to the recipe, e.g. optimizer.learning_rate=1e-3")
+        list[str] | None,
+        typer.Argument(help="changes to the recipe, e.g. optimizer.learning_rate=1e-3"),
     ] = None,
     print_config: Annotated[
-        str, typer.Option(help="print what differs from the defaults (`changes`) or every key (`all`), and leave")
+        str,
+        typer.Option(
+            help="print what differs from the defaults (`changes`) or every key (`all`), and leave"
+        ),
     ] = "",
-    print_schema: Annotated[bool, typer.Option(help="print the recipe's JSON Schema for editors, and leave")] = False,
+    print_schema: Annotated[
+        bool, typer.Option(help="print the recipe's JSON Schema for editors, and leave")
+    ] = False,
 ) -> None:
     """Train a model as a recipe says; the same command again goes on where the run stopped."""
     from ropewalk.train import run as runs  # start-up time

@@ -8,12 +8,17 @@ import typer
 
 
 def verify(
-    model: Annotated[str, typer.Argument(help="the model to check: run, checkpoint, directory or .gguf file")],
+    model: Annotated[
+        str, typer.Argument(help="the model to check: run, checkpoint, directory or .gguf file")
+    ],
     against: Annotated[str, typer.Option(help="the Hugging Face directory it should equal")],
-    tolerance: Annotated[float, typer.Option(min=0.0, help="largest difference of logits in float32")] = 1e-4,
+    tolerance: Annotated[
+        float, typer.Option(min=0.0, help="largest difference of logits in float32")
+    ] = 1e-4,
     as_json: Annotated[bool, typer.Option("--json")] = False,
 ) -> None:
-    """Compare two models: config, every tensor, the tokenizer, and logits in float32. Exit code 1 when they differ."""
+    """Compare two models: config, every tensor, the tokenizer, and logits in float32. Exit code 1
+    when they differ."""
     from ropewalk.checkpoint.compare import compare  # start-up time
 
     result = compare(model, against)

@@ -1,1 +1,2 @@
-"""The ground floor: configuration, errors, paths to leaves, dtypes, storage and logging. Knows no model."""
+"""The ground floor: configuration, errors, paths to leaves, dtypes, storage and logging. Knows no
+model."""

@@ -1,4 +1,5 @@
-"""Compiled programs are kept between runs, in a directory that only its owner can write: it holds code."""
+"""Compiled programs are kept between runs, in a directory that only its owner can write: it holds
+code."""
 
 import os
 from pathlib import Path
@@ -9,13 +10,23 @@ from ropewalk.core.log import log
 from ropewalk.core.storage import private_dir
 
 
+def programs_directory() -> Path:
+    """Where compiled programs are kept: JAX_COMPILATION_CACHE_DIR, or the user's cache."""
+    named = os.environ.get("JAX_COMPILATION_CACHE_DIR")
+    home = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser()
+    return Path(named) if named else home / "ropewalk" / "programs"
+
+
 def keep_programs() -> None:
-    """Turns JAX's persistent compilation cache on, unless JAX_COMPILATION_CACHE_DIR already says where (or, empty, not)."""
+    """Turns JAX's persistent compilation cache on.
+
+    Where JAX_COMPILATION_CACHE_DIR is set, it says where; set and empty, it says that nothing is
+    kept.
+    """
     if "JAX_COMPILATION_CACHE_DIR" in os.environ:
         return
-    home = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache"))
     try:
-        directory = private_dir(home / "ropewalk" / "programs")
+        directory = private_dir(programs_directory())
     except OSError as error:
         log.warning("compiled programs are not kept between runs: %s", error)
         return

@@ -1,4 +1,5 @@
-"""Frozen, typed configuration: YAML in, dotted overrides, a misspelt key answered with the nearest one.
+"""Frozen, typed configuration: YAML in, dotted overrides, a misspelt key answered with the nearest
+one.
 
 Knows nothing of what the keys mean; every room declares its own `Config` subclasses.
 """
@@ -22,14 +23,16 @@ class Config(pydantic.BaseModel):
 
     @classmethod
     def parse(cls, values: dict[str, Any], source: str = "the configuration") -> Self:
-        """Validates `values` and returns the config. Raises ConfigError naming `source`, the key and the fix."""
+        """Validates `values` and returns the config. Raises ConfigError naming `source`, the key
+        and the fix."""
         try:
             return cls.model_validate(values)
         except pydantic.ValidationError as error:
             raise ConfigError(_explain(cls, error, source)) from None
 
     def changes(self, base: "Config | None" = None) -> dict[str, Any]:
-        """The values that differ from `base` (by default: from the declared defaults), nested like the recipe."""
+        """The values that differ from `base` (by default: from the declared defaults), nested like
+        the recipe."""
         mine = self.model_dump(mode="json")
         if base is None:
             return self.model_dump(mode="json", exclude_defaults=True)
@@ -37,7 +40,8 @@ class Config(pydantic.BaseModel):
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
-    """Reads a YAML mapping from a file. Raises ConfigError with file, line and column when it cannot."""
+    """Reads a YAML mapping from a file. Raises ConfigError with file, line and column when it
+    cannot."""
     try:
         values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
@@ -47,7 +51,9 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     if values is None:
         return {}
     if not isinstance(values, dict):
-        raise ConfigError(f"{path}: a recipe is a mapping of keys to values, this is a {type(values).__name__}")
+        raise ConfigError(
+            f"{path}: a recipe is a mapping of keys to values, this is a {type(values).__name__}"
+        )
     return values
 
 
@@ -60,7 +66,10 @@ def override(values: dict[str, Any], assignments: Sequence[str]) -> dict[str, An
     for assignment in assignments:
         key, equals, text = assignment.partition("=")
         if not equals or not key:
-            raise ConfigError(f"override `{assignment}` is not of the form key=value, e.g. optimizer.learning_rate=1e-3")
+            raise ConfigError(
+                f"override `{assignment}` is not of the form key=value, e.g. "
+                "optimizer.learning_rate=1e-3"
+            )
         *parents, last = key.strip().split(".")
         place = result
         for parent in parents:
@@ -97,7 +106,9 @@ def _scalar(text: str) -> Any:
         value = yaml.safe_load(text)
     except yaml.YAMLError:
         return text
-    if isinstance(value, str):  # YAML 1.1 reads 1e-3 as a string; a recipe's author means the number
+    if isinstance(
+        value, str
+    ):  # YAML 1.1 reads 1e-3 as a string; a recipe's author means the number
         try:
             return float(value)
         except ValueError:
@@ -106,7 +117,11 @@ def _scalar(text: str) -> Any:
 
 
 def _copied(values: Any) -> Any:
-    return {key: _copied(value) for key, value in values.items()} if isinstance(values, dict) else values
+    return (
+        {key: _copied(value) for key, value in values.items()}
+        if isinstance(values, dict)
+        else values
+    )
 
 
 def _difference(mine: dict[str, Any], base: dict[str, Any]) -> dict[str, Any]:
@@ -123,7 +138,8 @@ def _difference(mine: dict[str, Any], base: dict[str, Any]) -> dict[str, Any]:
 
 
 def _nested(annotation: Any) -> Iterator[type[Config]]:
-    """Config classes named by an annotation, through unions and Annotated but not through containers."""
+    """Config classes named by an annotation, through unions and Annotated but not through
+    containers."""
     if isinstance(annotation, type) and issubclass(annotation, Config):
         yield annotation
     elif get_origin(annotation) in (Union, UnionType):
@@ -154,5 +170,9 @@ def _unknown_key(key: str, known: list[str]) -> str:
         by_last = {name.rpartition(".")[2]: name for name in reversed(options)}
         last = difflib.get_close_matches(key.rpartition(".")[2], list(by_last), n=1)
         near = [by_last[last[0]]] if last else []
-    hint = f"did you mean `{near[0]}`?" if near else "`ropewalk train RECIPE --print-config all` lists every key"
+    hint = (
+        f"did you mean `{near[0]}`?"
+        if near
+        else "`ropewalk train RECIPE --print-config all` lists every key"
+    )
     return f"unknown key `{key}`; {hint}"

@@ -16,7 +16,8 @@ _SPELLINGS = {
 
 
 def parse(name: str) -> jnp.dtype:
-    """The dtype for a name as Hugging Face, safetensors or a person spells it. Raises ConfigError."""
+    """The dtype for a name as Hugging Face, safetensors or a person spells it. Raises
+    ConfigError."""
     spelling = _SPELLINGS.get(name.removeprefix("torch."))
     if spelling is None:
         raise ConfigError(f"dtype `{name}` is not supported; use one of float32, bfloat16, float16")

@@ -1,8 +1,10 @@
-"""Errors that a user can mend. Each says what failed, the numbers that disagree, and the key to change."""
+"""Errors that a user can mend. Each says what failed, the numbers that disagree, and the key to
+change."""
 
 
 class UserError(ValueError):
-    """A mistake in a recipe, a file or a command; the command line prints it as one paragraph, exit code 2."""
+    """A mistake in a recipe, a file or a command; the command line prints it as one paragraph, exit
+    code 2."""
 
 
 class ConfigError(UserError):

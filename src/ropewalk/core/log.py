@@ -7,7 +7,8 @@ log = logging.getLogger("ropewalk")
 
 
 def setup(verbose: bool = False) -> None:
-    """Sends the project's log to stderr, one plain line a message; called once by the command line."""
+    """Sends the project's log to stderr, one plain line a message; called once by the command
+    line."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("%(message)s"))
     log.handlers[:] = [handler]

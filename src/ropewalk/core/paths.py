@@ -10,7 +10,8 @@ import jax
 
 @dataclasses.dataclass(frozen=True)
 class Spec:
-    """What is known of a parameter before it exists: shape, dtype and one logical axis name a dimension."""
+    """What is known of a parameter before it exists: shape, dtype and one logical axis name a
+    dimension."""
 
     shape: tuple[int, ...]
     dtype: jax.numpy.dtype
@@ -29,7 +30,8 @@ def flatten(tree: Any) -> dict[str, Any]:
 
 
 def unflatten(template: Any, leaves: dict[str, Any]) -> Any:
-    """The tree shaped like `template` with each leaf taken from `leaves` by its path. Raises KeyError."""
+    """The tree shaped like `template` with each leaf taken from `leaves` by its path. Raises
+    KeyError."""
     return jax.tree_util.tree_map_with_path(lambda path, _: leaves[dotted(path)], template)
 
 

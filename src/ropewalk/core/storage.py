@@ -32,7 +32,8 @@ def write_atomic(path: str | Path, content: str | bytes) -> None:
 
 
 def private_dir(path: str | Path) -> Path:
-    """Creates a directory that only its owner can enter, and returns it; used for caches that hold code."""
+    """Creates a directory that only its owner can enter, and returns it; used for caches that hold
+    code."""
     path = Path(path).expanduser()
     path.mkdir(parents=True, exist_ok=True, mode=0o700)
     path.chmod(0o700)
@@ -41,7 +42,8 @@ def private_dir(path: str | Path) -> Path:
 
 @contextlib.contextmanager
 def owned(directory: str | Path) -> Iterator[None]:
-    """While inside, no other process may own the directory; a killed owner leaves it free. Raises UserError when one does."""
+    """While inside, no other process may own the directory; a killed owner leaves it free. Raises
+    UserError when one does."""
     path = Path(directory)
     path.mkdir(parents=True, exist_ok=True)
     with (path / LOCK).open("w") as file:
@@ -49,6 +51,7 @@ def owned(directory: str | Path) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise UserError(
-                f"{path}: another process is running there; wait for it, stop it, or choose another `directory`"
+                f"{path}: another process is running there; wait for it, stop it, or choose "
+                "another `directory`"
             ) from None
         yield

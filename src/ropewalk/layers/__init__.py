@@ -1,1 +1,2 @@
-"""The parts that families are made of: NNX modules that hold parameters and know no model's name."""
+"""The parts that families are made of: NNX modules that hold parameters and know no model's
+name."""

@@ -1,4 +1,5 @@
-"""Multi-head attention with grouped keys and values, rotary positions and an optional norm on queries and keys."""
+"""Multi-head attention with grouped keys and values, rotary positions and an optional norm on
+queries and keys."""
 
 import dataclasses
 from typing import Any
@@ -46,10 +47,14 @@ class Attention(nnx.Module):
     def __init__(self, spec: Spec, *, rngs: nnx.Rngs):
         d, n, k, h = spec.hidden, spec.heads, spec.kv_heads, spec.head_dim
         self.scale = h**-0.5
-        self.attend = attention.reference
+        self.attend: attention.Attend = attention.reference
         self.query = Linear((d,), (n, h), ("embed", "heads", "head_dim"), bias=spec.bias, rngs=rngs)
-        self.key = Linear((d,), (k, h), ("embed", "kv_heads", "head_dim"), bias=spec.bias, rngs=rngs)
-        self.value = Linear((d,), (k, h), ("embed", "kv_heads", "head_dim"), bias=spec.bias, rngs=rngs)
+        self.key = Linear(
+            (d,), (k, h), ("embed", "kv_heads", "head_dim"), bias=spec.bias, rngs=rngs
+        )
+        self.value = Linear(
+            (d,), (k, h), ("embed", "kv_heads", "head_dim"), bias=spec.bias, rngs=rngs
+        )
         out_axes = ("heads", "head_dim", "embed")
         self.out = Linear((n, h), (d,), out_axes, bias=spec.out_bias, std=spec.out_std, rngs=rngs)
         norm = spec.norm_eps

@@ -1,4 +1,5 @@
-"""What a layer remembers between calls: keys and values with their absolute positions, one slot a sequence."""
+"""What a layer remembers between calls: keys and values with their absolute positions, one slot a
+sequence."""
 
 import dataclasses
 from typing import Any
@@ -23,10 +24,17 @@ class Dense:
     def empty(cls, batch: int, length: int, kv_heads: int, head_dim: int, dtype: Any) -> "Dense":
         """A cache of `length` places for each of `batch` sequences."""
         shape = (batch, kv_heads, length, head_dim)
-        return cls(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.full((batch, length), -1, jnp.int32))
+        return cls(
+            jnp.zeros(shape, dtype),
+            jnp.zeros(shape, dtype),
+            jnp.full((batch, length), -1, jnp.int32),
+        )
 
-    def write(self, keys: jax.Array, values: jax.Array, positions: jax.Array, stored: jax.Array) -> "Dense":
-        """Adds keys and values [b, t, k, h] at positions [b, t]; where `stored` bool [b, t] is false, nothing is."""
+    def write(
+        self, keys: jax.Array, values: jax.Array, positions: jax.Array, stored: jax.Array
+    ) -> "Dense":
+        """Adds keys and values [b, t, k, h] at positions [b, t]; where `stored` bool [b, t] is
+        false, nothing is."""
         length = self.positions.shape[1]
         place = jnp.where(stored, positions, length)  # out of bounds: dropped
         row = jnp.arange(place.shape[0])[:, None]
@@ -35,7 +43,9 @@ class Dense:
             return buffer.at[row, :, place].set(new.astype(buffer.dtype), mode="drop")
 
         return Dense(
-            put(self.keys, keys), put(self.values, values), self.positions.at[row, place].set(positions, mode="drop")
+            put(self.keys, keys),
+            put(self.values, values),
+            self.positions.at[row, place].set(positions, mode="drop"),
         )
 
     def read(self) -> tuple[jax.Array, jax.Array, jax.Array]:

@@ -1,4 +1,5 @@
-"""The description of a language model, in the words of Hugging Face's `config.json`, read from and written to both its spellings."""
+"""The description of a language model, in the words of Hugging Face's `config.json`, read from and
+written to both its spellings."""
 
 from typing import Any, ClassVar, Self
 
@@ -10,14 +11,20 @@ from ropewalk.layers import rope
 
 # Keys that cannot change what the model computes from its weights.
 _HARMLESS = frozenset({
-    "architectures", "attention_dropout", "auto_map", "bos_token_id", "dtype", "eos_token_id", "id2label", "initializer_range",
-    "is_llama_config", "label2id", "model_type", "name_or_path", "pad_token_id", "pretraining_tp", "torch_dtype",
-    "transformers.js_config", "transformers_version", "unsloth_fixed", "use_cache", "_name_or_path", "_attn_implementation",
-    "output_attentions", "output_hidden_states", "return_dict", "chunk_size_feed_forward", "problem_type", "is_encoder_decoder",
-    "max_window_layers", "sliding_window", "_attn_implementation_autoset", "unsloth_version",
+    "_attn_implementation", "_attn_implementation_autoset", "_name_or_path", "architectures",
+    "attention_dropout", "auto_map", "bos_token_id", "chunk_size_feed_forward", "dtype",
+    "eos_token_id", "id2label", "initializer_range", "is_encoder_decoder", "is_llama_config",
+    "label2id", "max_window_layers", "model_type", "name_or_path", "output_attentions",
+    "output_hidden_states", "pad_token_id", "pretraining_tp", "problem_type", "return_dict",
+    "sliding_window", "torch_dtype", "transformers.js_config", "transformers_version",
+    "unsloth_fixed", "unsloth_version", "use_cache",
 })  # fmt: skip
 # Keys that are understood at one value only.
-_ONLY = {"rope_interleaved": (False, None), "use_sliding_window": (False, None), "quantization_config": (None,)}
+_ONLY = {
+    "rope_interleaved": (False, None),
+    "use_sliding_window": (False, None),
+    "quantization_config": (None,),
+}
 
 
 class LMConfig(Config):
@@ -43,7 +50,8 @@ class LMConfig(Config):
     @pydantic.model_validator(mode="before")
     @classmethod
     def _derive(cls, values: dict[str, Any]) -> dict[str, Any]:
-        """Heads of keys default to those of queries, and a head to its share of the hidden features."""
+        """Heads of keys default to those of queries, and a head to its share of the hidden
+        features."""
         values = {key: value for key, value in values.items() if value is not None}
         heads, hidden = values.get("num_attention_heads"), values.get("hidden_size")
         if heads and "num_key_value_heads" not in values:
@@ -67,20 +75,27 @@ class LMConfig(Config):
     def from_hf(cls, values: dict[str, Any], source: str = "config.json") -> Self:
         """The config that a parsed `config.json` describes.
 
-        Raises ModelError for an unsupported RoPE type or for keys that could change the mathematics and are not understood.
+        Raises ModelError for an unsupported RoPE type or for keys that could change the mathematics
+        and are not understood.
         """
         values = _plain_rope(dict(values), source)
         kinds = values.pop("layer_types", None)
         if kinds is not None and set(kinds) != {"full_attention"}:
-            raise ModelError(f"{source}: layer_types has {sorted(set(kinds))}; this family has full_attention layers only")
+            raise ModelError(
+                f"{source}: layer_types has {sorted(set(kinds))}; this family has full_attention "
+                "layers only"
+            )
         for key, allowed in _ONLY.items():
             if values.pop(key, None) not in allowed:
-                raise ModelError(f"{source}: `{key}` is set and not supported; supported: {allowed[0]}")
+                raise ModelError(
+                    f"{source}: `{key}` is set and not supported; supported: {allowed[0]}"
+                )
         known = {key: value for key, value in values.items() if key in cls.model_fields}
         unknown = [key for key in values if key not in cls.model_fields and key not in _HARMLESS]
         if unknown:
             raise ModelError(
-                f"{source}: key `{unknown[0]}` = {values[unknown[0]]!r} is not understood and could change what the model "
+                f"{source}: key `{unknown[0]}` = {values[unknown[0]]!r} is not understood and "
+                "could change what the model "
                 f"computes; remove it if it does not"
             )
         return cls.parse(known, source)
@@ -103,7 +118,8 @@ def _undefaulted(cls: type[Config]) -> set[str]:
 
 
 def _plain_rope(values: dict[str, Any], source: str) -> dict[str, Any]:
-    """Folds the newer `rope_parameters` into `rope_theta` and `rope_scaling`, and the older `type` into `rope_type`."""
+    """Folds the newer `rope_parameters` into `rope_theta` and `rope_scaling`, and the older `type`
+    into `rope_type`."""
     newer = values.pop("rope_parameters", None) or {}
     scaling = dict(values.pop("rope_scaling", None) or newer)
     if "type" in scaling:
@@ -114,5 +130,7 @@ def _plain_rope(values: dict[str, Any], source: str) -> dict[str, Any]:
         values["rope_theta"] = theta
     kind = scaling.setdefault("rope_type", "default")
     if kind not in rope.TYPES:
-        raise ModelError(f"{source}: RoPE type `{kind}` is not supported; supported: {', '.join(rope.TYPES)}")
+        raise ModelError(
+            f"{source}: RoPE type `{kind}` is not supported; supported: {', '.join(rope.TYPES)}"
+        )
     return {**values, "rope_scaling": scaling if kind != "default" else {"rope_type": "default"}}

@@ -1,4 +1,5 @@
-"""Writing text: prefill the prompts, then one token a step, with the compiled programs kept between calls.
+"""Writing text: prefill the prompts, then one token a step, with the compiled programs kept between
+calls.
 
 Knows no tokenizer: token ids in, token ids out.
 """
@@ -36,17 +37,20 @@ class Sampling(Config):
 
 
 class Emitted(NamedTuple):
-    """One step's new token of every sequence that is not finished; None for one that is."""
+    """A new token of one sequence, and its natural log-probability."""
 
-    tokens: list[int | None]
-    logprobs: list[float | None]
+    row: int
+    token: int
+    logprob: float
 
 
 class Decoder:
-    """A model made ready to write: one segment a layer, so that each weight is read where it lies."""
+    """A model made ready to write: one segment a layer, so that each weight is read where it
+    lies."""
 
     def __init__(self, model: LM):
-        """Takes over `model`, a concrete module; on a device mesh its weights stay as they are placed."""
+        """Takes over `model`, a concrete module; on a device mesh its weights stay as they are
+        placed."""
         self._mesh = _mesh_of(model)
         model = _unstacked(model)
         self.length = model.config.max_position_embeddings
@@ -63,10 +67,15 @@ class Decoder:
         """Takes new weights for the same structure, e.g. later in training."""
         self._weights = parameters(_unstacked(model))
 
-    def stream(self, prompts: Sequence[Sequence[int]], sampling: Sampling, stops: Sequence[int] = ()) -> Iterator[Emitted]:
-        """Yields each step's tokens; a sequence ends with a token of `stops` (yielded too) or at `max_new_tokens`.
+    def stream(
+        self, prompts: Sequence[Sequence[int]], sampling: Sampling, stops: Sequence[int] = ()
+    ) -> Iterator[Emitted]:
+        """Yields the new tokens, step by step.
 
-        Raises ModelError for an empty prompt, a token the vocabulary lacks, or more tokens than the model has positions.
+        A sequence ends with a token of `stops` (yielded too) or at `max_new_tokens`.
+
+        Raises ModelError for an empty prompt, a token the vocabulary lacks, or more tokens than the
+        model has positions.
         """
         self._check(prompts, sampling.max_new_tokens)
         longest = max(map(len, prompts))
@@ -77,7 +86,11 @@ class Decoder:
             segments[row, : len(prompt)] = 1
         ends = np.array([len(prompt) for prompt in prompts], np.int32)
         cache = self._cache(len(prompts), _padded(longest + sampling.max_new_tokens))
-        knobs = (jnp.float32(sampling.temperature), jnp.int32(sampling.top_k), jnp.float32(sampling.top_p))
+        knobs = (
+            jnp.float32(sampling.temperature),
+            jnp.int32(sampling.top_k),
+            jnp.float32(sampling.top_p),
+        )
         key = jax.random.key(sampling.seed)
         state = self._prefill(self._weights, tokens, segments, cache, ends, key, knobs)
         alive = [True] * len(prompts)
@@ -87,8 +100,9 @@ class Decoder:
                 step_key = jax.random.fold_in(key, count)
                 state = self._decode(self._weights, cache, token, position, step_key, knobs)
             ids, scores = np.asarray(token).tolist(), np.asarray(logprob).tolist()
-            pick = [(i, s) if live else (None, None) for i, s, live in zip(ids, scores, alive, strict=True)]
-            yield Emitted([i for i, _ in pick], [s for _, s in pick])
+            for row in range(len(prompts)):
+                if alive[row]:
+                    yield Emitted(row, ids[row], scores[row])
             alive = [live and i not in stops for live, i in zip(alive, ids, strict=True)]
             if not any(alive):
                 return
@@ -116,14 +130,21 @@ class Decoder:
     def _check(self, prompts: Sequence[Sequence[int]], new: int) -> None:
         for row, prompt in enumerate(prompts):
             if not prompt:
-                raise ModelError(f"prompt {row} has no tokens; give at least one (a tokenizer with a BOS token adds it)")
+                raise ModelError(
+                    f"prompt {row} has no tokens; give at least one (a tokenizer with a BOS token "
+                    "adds it)"
+                )
             if len(prompt) + new > self.length:
                 raise ModelError(
-                    f"prompt {row} has {len(prompt)} tokens and {new} new ones are asked for; the model has "
+                    f"prompt {row} has {len(prompt)} tokens and {new} new ones are asked for; the "
+                    "model has "
                     f"{self.length} positions: shorten the prompt or lower max_new_tokens"
                 )
             if max(prompt) >= self.vocab or min(prompt) < 0:
-                raise ModelError(f"prompt {row} has token {max(prompt)}; the model's vocabulary is 0 to {self.vocab - 1}")
+                raise ModelError(
+                    f"prompt {row} has token {max(prompt)}; the model's vocabulary is 0 to "
+                    f"{self.vocab - 1}"
+                )
 
 
 @jax.jit
@@ -134,7 +155,8 @@ def _unstacked(model: LM) -> LM:
 
 def _mesh_of(model: LM) -> Mesh | None:
     sharding = model.embed.weight[...].sharding
-    return sharding.mesh if isinstance(sharding, NamedSharding) and sharding.mesh.size > 1 else None
+    mesh = sharding.mesh if isinstance(sharding, NamedSharding) else None
+    return mesh if isinstance(mesh, Mesh) and mesh.size > 1 else None
 
 
 def _padded(length: int) -> int:
@@ -142,4 +164,3 @@ def _padded(length: int) -> int:
     while size < length:
         size *= 2
     return size
-

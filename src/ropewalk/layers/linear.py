@@ -14,7 +14,8 @@ INIT_STD = 0.02
 class Linear(nnx.Module):
     """y = x @ weight (+ bias), from dims `inner` to dims `outer`, e.g. (d,) -> (n, h).
 
-    `axes` names the dims of the weight, inner ones first. The weight starts as a normal of standard deviation `std`.
+    `axes` names the dims of the weight, inner ones first. The weight starts as a normal of standard
+    deviation `std`.
     """
 
     def __init__(
@@ -30,7 +31,9 @@ class Linear(nnx.Module):
         self.contract = len(inner)
         value = std * jax.random.normal(rngs.params(), inner + outer, jnp.float32)
         self.weight = nnx.Param(value, axes=axes)
-        self.bias = nnx.Param(jnp.zeros(outer, jnp.float32), axes=axes[len(inner) :]) if bias else None
+        self.bias = (
+            nnx.Param(jnp.zeros(outer, jnp.float32), axes=axes[len(inner) :]) if bias else None
+        )
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """[..., inner] -> [..., outer], in x's dtype."""
@@ -39,5 +42,6 @@ class Linear(nnx.Module):
 
 
 def depth_std(layers: int) -> float:
-    """Initial standard deviation of projections that write to the residual stream, 0.02 / sqrt(2 layers): GPT-2's rule."""
+    """Initial standard deviation of projections that write to the residual stream, 0.02 / sqrt(2
+    layers): GPT-2's rule."""
     return INIT_STD / math.sqrt(2 * layers)

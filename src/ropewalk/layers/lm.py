@@ -1,4 +1,5 @@
-"""The language model around a stack of blocks: tokens in, logits out, one forward for training, prefill and decoding."""
+"""The language model around a stack of blocks: tokens in, logits out, one forward for training,
+prefill and decoding."""
 
 import math
 from collections.abc import Sequence
@@ -22,7 +23,8 @@ from ropewalk.parallel.axes import kind, shard
 
 
 class LM(nnx.Module):
-    """Embedding, stack, final norm and output head. A family's `Model` says what the stack is made of."""
+    """Embedding, stack, final norm and output head. A family's `Model` says what the stack is made
+    of."""
 
     def __init__(self, config: LMConfig, plan: Sequence[tuple[Unit, int]], *, rngs: nnx.Rngs):
         self.config = config
@@ -34,7 +36,11 @@ class LM(nnx.Module):
         self.layers = Stack(plan, rngs=rngs)
         self.final_norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         tied = config.tie_word_embeddings
-        self.head = None if tied else Linear((config.hidden_size,), (config.vocab_size,), ("embed", "vocab"), rngs=rngs)
+        self.head = (
+            None
+            if tied
+            else Linear((config.hidden_size,), (config.vocab_size,), ("embed", "vocab"), rngs=rngs)
+        )
 
     def hidden(
         self,
@@ -43,9 +49,11 @@ class LM(nnx.Module):
         segment_ids: jax.Array | None = None,
         cache: Sequence[Any] | None = None,
     ) -> tuple[jax.Array, list[Any] | None, dict[str, jax.Array]]:
-        """Final hidden states [b, t, d] of tokens int32 [b, t], the written cache (or None), and the layers' reports.
+        """Final hidden states [b, t, d] of tokens int32 [b, t], the written cache (or None), and
+        the layers' reports.
 
-        Without positions they count from 0; without segment_ids every token is of segment 1 (0 = padding).
+        Without positions they count from 0; without segment_ids every token is of segment 1 (0 =
+        padding).
         """
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
@@ -61,7 +69,8 @@ class LM(nnx.Module):
         return project(x, self.head_params()).astype(jnp.float32)
 
     def head_params(self) -> jax.Array:
-        """The output head [d, v]: all that `unembed` needs, for losses that tile the vocabulary or the tokens."""
+        """The output head [d, v]: all that `unembed` needs, for losses that tile the vocabulary or
+        the tokens."""
         return self.embed.weight[...].T if self.head is None else self.head.weight[...]
 
     def __call__(
@@ -81,13 +90,19 @@ class LM(nnx.Module):
         return [Dense.empty(batch, length, heads, dim, dtype) for _ in range(depth(self.layers))]
 
     def flops(self, tokens: int, length: int) -> float:
-        """Floating-point operations of one forward pass over `tokens` tokens in causal sequences of `length`.
+        """Floating-point operations of one forward pass over `tokens` tokens in causal sequences of
+        `length`.
 
-        Two for every weight of a product and token, and half of the full score and value products of attention.
+        Two for every weight of a product and token, and half of the full score and value products
+        of attention.
         """
-        matrices = sum(math.prod(spec.shape) for spec in table(self).values() if kind(spec) == "matrix")
+        matrices = sum(
+            math.prod(spec.shape) for spec in table(self).values() if kind(spec) == "matrix"
+        )
         matrices += self.config.vocab_size * self.config.hidden_size
-        attention = depth(self.layers) * 2 * length * self.config.num_attention_heads * self.config.head_dim
+        attention = (
+            depth(self.layers) * 2 * length * self.config.num_attention_heads * self.config.head_dim
+        )
         return float(tokens) * (2 * matrices + attention)
 
 
@@ -97,11 +112,14 @@ def parameters(model: nnx.Module) -> dict[str, Any]:
 
 
 def table(model: nnx.Module) -> dict[str, Spec]:
-    """The static table path -> shape, dtype, axes that shardings, checkpoints, optimizers and weights are read from.
+    """The static table path -> shape, dtype, axes that shardings, checkpoints, optimizers and
+    weights are read from.
 
     A parameter of a stacked block has `layers` in front of the axes it was made with.
     """
-    variables = jax.tree_util.tree_leaves_with_path(model, is_leaf=lambda node: isinstance(node, nnx.Variable))
+    variables = jax.tree_util.tree_leaves_with_path(
+        model, is_leaf=lambda node: isinstance(node, nnx.Variable)
+    )
     specs = {}
     for path, variable in variables:
         value, axes = variable.get_value(), tuple(variable.get_metadata()["axes"])
@@ -111,6 +129,7 @@ def table(model: nnx.Module) -> dict[str, Spec]:
 
 
 def with_parameters(model: nnx.Module, values: dict[str, Any]) -> Any:
-    """A module of the same structure that holds the given values. Raises KeyError for a missing path."""
+    """A module of the same structure that holds the given values. Raises KeyError for a missing
+    path."""
     leaves, structure = jax.tree_util.tree_flatten_with_path(model)
     return jax.tree_util.tree_unflatten(structure, [values[dotted(path)] for path, _ in leaves])

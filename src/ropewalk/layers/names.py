@@ -1,10 +1,12 @@
-"""The tensor names that most decoder-only checkpoints share, as weight rules for the parts in this room."""
+"""The tensor names that most decoder-only checkpoints share, as weight rules for the parts in this
+room."""
 
 from ropewalk.core.weights import COPY, LINEAR, LINEAR_OUT, VECTOR, Rule
 
 
 def decoder_rules(gguf_pairs: str = "") -> tuple[Rule, ...]:
-    """Rules for embedding, attention, gated MLP, norms and head; `gguf_pairs` is what GGUF files do to query and key."""
+    """Rules for embedding, attention, gated MLP, norms and head; `gguf_pairs` is what GGUF files do
+    to query and key."""
     layer = "model.layers.{i}"
 
     def linear(theirs: str, ours: str, op=LINEAR, gguf: str = "") -> tuple[Rule, Rule]:

@@ -1,4 +1,5 @@
-"""Rotary position embedding as a model config describes it: which frequencies, and by what the result is scaled."""
+"""Rotary position embedding as a model config describes it: which frequencies, and by what the
+result is scaled."""
 
 import math
 from typing import Annotated, Literal
@@ -15,7 +16,9 @@ class Default(Config):
 
     rope_type: Literal["default"] = "default"
 
-    def frequencies(self, head_dim: int, theta: float, trained_length: int) -> tuple[np.ndarray, float]:
+    def frequencies(
+        self, head_dim: int, theta: float, trained_length: int
+    ) -> tuple[np.ndarray, float]:
         """Radians per position [h/2], and the factor on cosine and sine."""
         return rope.frequencies(head_dim, theta), 1.0
 
@@ -26,7 +29,9 @@ class Linear(Config):
     rope_type: Literal["linear"]
     factor: float = pydantic.Field(ge=1)
 
-    def frequencies(self, head_dim: int, theta: float, trained_length: int) -> tuple[np.ndarray, float]:
+    def frequencies(
+        self, head_dim: int, theta: float, trained_length: int
+    ) -> tuple[np.ndarray, float]:
         """Radians per position [h/2], and the factor on cosine and sine."""
         return rope.frequencies(head_dim, theta) / self.factor, 1.0
 
@@ -40,11 +45,15 @@ class Llama3(Config):
     high_freq_factor: float
     original_max_position_embeddings: int
 
-    def frequencies(self, head_dim: int, theta: float, trained_length: int) -> tuple[np.ndarray, float]:
+    def frequencies(
+        self, head_dim: int, theta: float, trained_length: int
+    ) -> tuple[np.ndarray, float]:
         """Radians per position [h/2], and the factor on cosine and sine."""
         base = rope.frequencies(head_dim, theta)
         original = self.original_max_position_embeddings
-        return rope.llama3_frequencies(base, self.factor, self.low_freq_factor, self.high_freq_factor, original), 1.0
+        return rope.llama3_frequencies(
+            base, self.factor, self.low_freq_factor, self.high_freq_factor, original
+        ), 1.0
 
 
 class Yarn(Config):
@@ -58,7 +67,9 @@ class Yarn(Config):
     attention_factor: float | None = None
     truncate: bool = True
 
-    def frequencies(self, head_dim: int, theta: float, trained_length: int) -> tuple[np.ndarray, float]:
+    def frequencies(
+        self, head_dim: int, theta: float, trained_length: int
+    ) -> tuple[np.ndarray, float]:
         """Radians per position [h/2], and the factor on cosine and sine."""
         base = rope.frequencies(head_dim, theta)
         original = self.original_max_position_embeddings or trained_length

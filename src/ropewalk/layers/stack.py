@@ -1,6 +1,8 @@
-"""Depth: a stack is segments, a segment is a unit of blocks repeated R times with its weights stacked on a leading axis.
+"""Depth: a stack is segments, a segment is a unit of blocks repeated R times with its weights
+stacked on a leading axis.
 
-`run` (scan or unroll) and `remat` say how the same weights are run; they change neither the checkpoint nor the mathematics.
+`run` (scan or unroll) and `remat` say how the same weights are run; they change neither the
+checkpoint nor the mathematics.
 """
 
 from collections.abc import Callable, Sequence
@@ -10,8 +12,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from ropewalk.parallel.remat import Remat, wrap
 from ropewalk.parallel.axes import shard
+from ropewalk.parallel.remat import Remat, wrap
 
 Unit = Sequence[Callable[[nnx.Rngs], nnx.Module]]
 
@@ -27,7 +29,8 @@ class Stack(nnx.Module):
     def __call__(
         self, x: jax.Array, ctx: Any, caches: Sequence[Any] | None = None
     ) -> tuple[jax.Array, list[Any] | None, dict[str, jax.Array]]:
-        """x [b, t, d] -> ([b, t, d], one cache a layer or None, what the layers report, stacked in layer order).
+        """x [b, t, d] -> ([b, t, d], one cache a layer or None, what the layers report, stacked in
+        layer order).
 
         With caches the stack always runs unrolled: a cache passed through a scan is copied whole.
         """
@@ -44,7 +47,8 @@ class Stack(nnx.Module):
         return x, (None if caches is None else new_caches), _gather(reports)
 
     def unstacked(self) -> "Stack":
-        """The same blocks with one segment a repeat, so that a decoding step reads each weight where it lies."""
+        """The same blocks with one segment a repeat, so that a decoding step reads each weight
+        where it lies."""
         single = [
             nnx.List([jax.tree.map(lambda p, i=i: p[i : i + 1], block) for block in segment])
             for segment in self.segments
@@ -87,7 +91,14 @@ class Stack(nnx.Module):
                 x, cache, report = call(x, _repeat(block, i), ctx, cache)
                 reports[place].append(report)
                 written.append(cache)
-        return x, written, [jax.tree.map(lambda *each: jnp.stack(each), *reports[place]) for place in range(len(segment))]
+        return (
+            x,
+            written,
+            [
+                jax.tree.map(lambda *each: jnp.stack(each), *reports[place])
+                for place in range(len(segment))
+            ],
+        )
 
 
 def repeats(segment: Sequence[nnx.Module]) -> int:
@@ -114,7 +125,8 @@ def _repeat(block: nnx.Module, i: int) -> nnx.Module:
 
 
 def _gather(reports: list[list[dict[str, jax.Array]]]) -> dict[str, jax.Array]:
-    """Per segment and place in its unit, name -> [R, ...]; out comes name -> [layers that report it, ...]."""
+    """Per segment and place in its unit, name -> [R, ...]; out comes name -> [layers that report
+    it, ...]."""
     gathered: dict[str, list[jax.Array]] = {}
     for segment in reports:
         for name in {name: None for report in segment for name in report}:

@@ -16,10 +16,16 @@ class NextToken(Config):
     z_loss: float = pydantic.Field(default=0.0, ge=0)
 
     def __call__(self, model: Any, batch: dict[str, jax.Array], key: jax.Array) -> LossOutput:
-        """batch: tokens, targets, positions, segment_ids int32 [b, t] and weights float32 [b, t]; `loss` in nats a token."""
+        """batch: tokens, targets, positions, segment_ids int32 [b, t] and weights float32 [b, t];
+        `loss` in nats a token."""
         x, _, _ = model.hidden(batch["tokens"], batch["positions"], batch["segment_ids"])
-        sums = cross_entropy(x, model.head_params(), batch["targets"], batch["weights"], self.z_loss)
+        sums = cross_entropy(
+            x, model.head_params(), batch["targets"], batch["weights"], self.z_loss
+        )
         return LossOutput(
             objective=Pair(sums.loss, sums.weight),
-            metrics={"loss": Pair(sums.nats, sums.weight), "accuracy": Pair(sums.correct, sums.weight)},
+            metrics={
+                "loss": Pair(sums.nats, sums.weight),
+                "accuracy": Pair(sums.correct, sums.weight),
+            },
         )

@@ -1,4 +1,5 @@
-"""What a loss returns. Pairs of (sum, weight) add up: over micro-batches, hosts and evaluation batches alike."""
+"""What a loss returns. Pairs of (sum, weight) add up: over micro-batches, hosts and evaluation
+batches alike."""
 
 import dataclasses
 from typing import NamedTuple
@@ -7,7 +8,8 @@ import jax
 
 
 class Pair(NamedTuple):
-    """A weighted sum and the weight it is a sum over; their ratio is a mean that combines exactly."""
+    """A weighted sum and the weight it is a sum over; their ratio is a mean that combines
+    exactly."""
 
     sum: jax.Array
     weight: jax.Array
@@ -16,7 +18,8 @@ class Pair(NamedTuple):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class LossOutput:
-    """The objective (its mean is what is minimised) and what else is worth knowing, each a pair of float32 scalars."""
+    """The objective (its mean is what is minimised) and what else is worth knowing, each a pair of
+    float32 scalars."""
 
     objective: Pair
     metrics: dict[str, Pair]

@@ -1,4 +1,5 @@
-"""Families of models, one file each, found by file name: a new file is a new family and nothing else changes."""
+"""Families of models, one file each, found by file name: a new file is a new family and nothing
+else changes."""
 
 import difflib
 import importlib
@@ -22,16 +23,22 @@ def families() -> list[str]:
 
 
 def family(name: str) -> Any:
-    """The module of a family: Config, PRESETS, Block, Model, WEIGHTS. Raises ModelError for an unknown one."""
+    """The module of a family: Config, PRESETS, Block, Model, WEIGHTS. Raises ModelError for an
+    unknown one."""
     if name not in families():
-        raise ModelError(f"model_type `{name}` is not supported; supported: {', '.join(families())}{_near(name, families())}")
+        raise ModelError(
+            f"model_type `{name}` is not supported; supported: "
+            f"{', '.join(families())}{_near(name, families())}"
+        )
     return importlib.import_module(f"{__name__}.{name}")
 
 
 def presets() -> dict[str, Named]:
     """Every family's named configs."""
     modules = [family(name) for name in families()]
-    return {name: Named(module, config) for module in modules for name, config in module.PRESETS.items()}
+    return {
+        name: Named(module, config) for module in modules for name, config in module.PRESETS.items()
+    }
 
 
 def from_hf(values: dict[str, Any], source: str) -> Named:
@@ -44,7 +51,8 @@ def from_hf(values: dict[str, Any], source: str) -> Named:
 
 
 def from_recipe(values: dict[str, Any]) -> Named:
-    """Family and config of a recipe's `model`: `{preset: NAME, ...changes}` or `{family: NAME, ...its config}`.
+    """Family and config of a recipe's `model`: `{preset: NAME, ...changes}` or `{family: NAME,
+    ...its config}`.
 
     Raises ConfigError naming the key, with the nearest known name.
     """
@@ -53,11 +61,16 @@ def from_recipe(values: dict[str, Any]) -> Named:
     if preset is not None:
         known = presets()
         if preset not in known:
-            raise ConfigError(f"model.preset `{preset}` is not known{_near(preset, known)}; presets: {', '.join(known)}")
+            raise ConfigError(
+                f"model.preset `{preset}` is not known{_near(preset, known)}; presets: "
+                f"{', '.join(known)}"
+            )
         module, config = known[preset]
         return Named(module, module.Config.parse({**config.model_dump(), **values}, "model"))
     if name is None:
-        raise ConfigError("model: name a `preset`, a `family` with its sizes, or a `path` to start from")
+        raise ConfigError(
+            "model: name a `preset`, a `family` with its sizes, or a `path` to start from"
+        )
     module = family(name)
     config_class: type[Config] = module.Config
     return Named(module, config_class.parse(values, "model"))

@@ -1,7 +1,9 @@
-"""Llama 2, 3, 3.1, 3.2, 3.3 and SmolLM2: RMS norm before each part, grouped-query attention, SwiGLU, rotary positions.
+"""Llama 2, 3, 3.1, 3.2, 3.3 and SmolLM2: RMS norm before each part, grouped-query attention,
+SwiGLU, rotary positions.
 
-arXiv:2307.09288, arXiv:2407.21783. Quirks: Llama 3.1 and later stretch RoPE (`rope_scaling`), the small ones tie their head, and GGUF
-files hold query and key rows with the pairs of RoPE interleaved.
+arXiv:2307.09288, arXiv:2407.21783. Quirks: Llama 3.1 and later stretch RoPE (`rope_scaling`), the
+small ones tie their head, and GGUF files hold query and key rows with the pairs of RoPE
+interleaved.
 """
 
 from typing import Any, ClassVar
@@ -45,10 +47,17 @@ class Block(nnx.Module):
         self.attention = Attention(spec, rngs=rngs)
         self.mlp_norm = RMSNorm(c.hidden_size, eps=c.rms_norm_eps)
         self.mlp = GatedMLP(
-            c.hidden_size, c.intermediate_size, activation=c.hidden_act, bias=c.mlp_bias, out_std=std, rngs=rngs
+            c.hidden_size,
+            c.intermediate_size,
+            activation=c.hidden_act,
+            bias=c.mlp_bias,
+            out_std=std,
+            rngs=rngs,
         )
 
-    def __call__(self, x: jax.Array, ctx: Context, cache: Any = None) -> tuple[jax.Array, Any, dict[str, jax.Array]]:
+    def __call__(
+        self, x: jax.Array, ctx: Context, cache: Any = None
+    ) -> tuple[jax.Array, Any, dict[str, jax.Array]]:
         """x [b, t, d] -> ([b, t, d], cache, nothing to report)."""
         y, cache = self.attention(self.attention_norm(x), ctx, cache)
         x = x + y
@@ -82,12 +91,22 @@ def _stretched(factor: float) -> dict[str, Any]:
         "high_freq_factor": 4.0,
         "original_max_position_embeddings": 8192,
     }
-    return {"vocab_size": 128256, "max_position_embeddings": 131072, "rope_theta": 5e5, "rope_scaling": scaling}
+    return {
+        "vocab_size": 128256,
+        "max_position_embeddings": 131072,
+        "rope_theta": 5e5,
+        "rope_scaling": scaling,
+    }
 
 
 _LLAMA2 = {"vocab_size": 32000, "max_position_embeddings": 4096}
 _LLAMA3 = {"vocab_size": 128256, "max_position_embeddings": 8192, "rope_theta": 5e5}
-_SMOLLM2 = {"vocab_size": 49152, "max_position_embeddings": 8192, "rope_theta": 1e5, "tie_word_embeddings": True}
+_SMOLLM2 = {
+    "vocab_size": 49152,
+    "max_position_embeddings": 8192,
+    "rope_theta": 1e5,
+    "tie_word_embeddings": True,
+}
 
 PRESETS: dict[str, Config] = {
     "llama2-7b": _sizes(4096, 11008, 32, 32, 32, **_LLAMA2),
@@ -98,8 +117,12 @@ PRESETS: dict[str, Config] = {
     "llama3.1-8b": _sizes(4096, 14336, 32, 32, 8, **_stretched(8)),
     "llama3.1-70b": _sizes(8192, 28672, 80, 64, 8, **_stretched(8)),
     "llama3.1-405b": _sizes(16384, 53248, 126, 128, 8, **_stretched(8)),
-    "llama3.2-1b": _sizes(2048, 8192, 16, 32, 8, head_dim=64, tie_word_embeddings=True, **_stretched(32)),
-    "llama3.2-3b": _sizes(3072, 8192, 28, 24, 8, head_dim=128, tie_word_embeddings=True, **_stretched(32)),
+    "llama3.2-1b": _sizes(
+        2048, 8192, 16, 32, 8, head_dim=64, tie_word_embeddings=True, **_stretched(32)
+    ),
+    "llama3.2-3b": _sizes(
+        3072, 8192, 28, 24, 8, head_dim=128, tie_word_embeddings=True, **_stretched(32)
+    ),
     "llama3.3-70b": _sizes(8192, 28672, 80, 64, 8, **_stretched(8)),
     "smollm2-135m": _sizes(576, 1536, 30, 9, 3, **_SMOLLM2),
     "smollm2-360m": _sizes(960, 2560, 32, 15, 5, **_SMOLLM2),

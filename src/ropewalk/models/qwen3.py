@@ -1,4 +1,5 @@
-"""Qwen3 (dense): pre-norm blocks with SwiGLU, and an RMS norm on every query and key head in place of biases. arXiv:2505.09388"""
+"""Qwen3 (dense): pre-norm blocks with SwiGLU, and an RMS norm on every query and key head in place
+of biases. arXiv:2505.09388"""
 
 from typing import Any, ClassVar
 
@@ -44,9 +45,13 @@ class Block(nnx.Module):
         self.attention_norm = RMSNorm(c.hidden_size, eps=c.rms_norm_eps)
         self.attention = Attention(spec, rngs=rngs)
         self.mlp_norm = RMSNorm(c.hidden_size, eps=c.rms_norm_eps)
-        self.mlp = GatedMLP(c.hidden_size, c.intermediate_size, activation=c.hidden_act, out_std=std, rngs=rngs)
+        self.mlp = GatedMLP(
+            c.hidden_size, c.intermediate_size, activation=c.hidden_act, out_std=std, rngs=rngs
+        )
 
-    def __call__(self, x: jax.Array, ctx: Context, cache: Any = None) -> tuple[jax.Array, Any, dict[str, jax.Array]]:
+    def __call__(
+        self, x: jax.Array, ctx: Context, cache: Any = None
+    ) -> tuple[jax.Array, Any, dict[str, jax.Array]]:
         """x [b, t, d] -> ([b, t, d], cache, nothing to report)."""
         y, cache = self.attention(self.attention_norm(x), ctx, cache)
         x = x + y

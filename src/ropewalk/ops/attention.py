@@ -1,4 +1,5 @@
-"""Scaled dot-product attention: one reference in plain JAX, and the library's kernels behind the same signature."""
+"""Scaled dot-product attention: one reference in plain JAX, and the library's kernels behind the
+same signature."""
 
 from collections.abc import Callable
 
@@ -16,7 +17,8 @@ _MASKED = -1e30
 def reference(q: jax.Array, k: jax.Array, v: jax.Array, seen: jax.Array, scale: float) -> jax.Array:
     """softmax(q k^T * scale) v with the softmax in float32; queries share keys in groups of n / k.
 
-    q [b,t,n,h], k and v [b,s,k,h], seen bool [b,t,s] -> [b,t,n,h]. A query that sees nothing gets a finite value.
+    q [b,t,n,h], k and v [b,s,k,h], seen bool [b,t,s] -> [b,t,n,h]. A query that sees nothing gets a
+    finite value.
     """
     b, t, n, h = q.shape
     kv = k.shape[2]
@@ -28,7 +30,8 @@ def reference(q: jax.Array, k: jax.Array, v: jax.Array, seen: jax.Array, scale: 
 
 
 def library(q: jax.Array, k: jax.Array, v: jax.Array, seen: jax.Array, scale: float) -> jax.Array:
-    """`jax.nn.dot_product_attention`, which picks cuDNN's kernel where it applies; shapes as `reference`."""
+    """`jax.nn.dot_product_attention`, which picks cuDNN's kernel where it applies; shapes as
+    `reference`."""
     return jax.nn.dot_product_attention(q, k, v, mask=seen[:, None], scale=scale)
 
 
@@ -36,7 +39,8 @@ IMPLEMENTATIONS: dict[str, Attend] = {"reference": reference, "library": library
 
 
 def choose(name: str, platform: str) -> tuple[str, Attend]:
-    """The implementation a layout asks for; `auto` takes the library's on a GPU and the reference elsewhere."""
+    """The implementation a layout asks for; `auto` takes the library's on a GPU and the reference
+    elsewhere."""
     if name == "auto":
         name = "library" if platform == "gpu" else "reference"
     if name not in IMPLEMENTATIONS:

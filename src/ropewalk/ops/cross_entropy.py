@@ -1,7 +1,8 @@
 """Next-token cross-entropy that never holds the logits of a whole batch.
 
-The time dim is cut into tiles; a tile's logits are made, turned into its loss and its gradients, and dropped. The gradients are
-computed in the forward pass, so the tokens x vocabulary numbers a backward pass would read are neither stored nor made twice.
+The time dim is cut into tiles; a tile's logits are made, turned into its loss and its gradients,
+and dropped. The gradients are computed in the forward pass, so the tokens x vocabulary numbers a
+backward pass would read are neither stored nor made twice.
 """
 
 import functools
@@ -31,12 +32,18 @@ class CrossEntropy(NamedTuple):
 
 
 def cross_entropy(
-    x: jax.Array, head: jax.Array, targets: jax.Array, weights: jax.Array, z_loss: float = 0.0, tiles: int | None = None
+    x: jax.Array,
+    head: jax.Array,
+    targets: jax.Array,
+    weights: jax.Array,
+    z_loss: float = 0.0,
+    tiles: int | None = None,
 ) -> CrossEntropy:
-    """Sums of -log p(target) + z_loss * log^2 Z, with logits = x @ head in float32. z-loss: arXiv:2204.02311 section 5.
+    """Sums of -log p(target) + z_loss * log^2 Z, with logits = x @ head in float32. z-loss:
+    arXiv:2204.02311 section 5.
 
-    x [b,t,d], head [d,v], targets int32 [b,t], weights float32 [b,t]. `tiles` divides t; by default a tile's logits take
-    about 32 MiB. Differentiable in x and head, through `loss`.
+    x [b,t,d], head [d,v], targets int32 [b,t], weights float32 [b,t]. `tiles` divides t; by default
+    a tile's logits take about 32 MiB. Differentiable in x and head, through `loss`.
     """
     tiles = tiles or tile_count(x.shape[0], x.shape[1], head.shape[1])
     return CrossEntropy(*_sums(tiles, z_loss, x, head, targets, weights))
@@ -53,7 +60,9 @@ def _sums(tiles, z_loss, x, head, targets, weights):
     def body(sums, tile):
         x, targets, weights = tile
         logits = _product(x, head, "bd,dv->bv")
-        return sums + _tile_sums(logits, jax.nn.logsumexp(logits, axis=-1), targets, weights, z_loss), None
+        return sums + _tile_sums(
+            logits, jax.nn.logsumexp(logits, axis=-1), targets, weights, z_loss
+        ), None
 
     sums, _ = jax.lax.scan(body, jnp.zeros(4, jnp.float32), _tiled(tiles, x, targets, weights))
     return tuple(sums)
@@ -67,7 +76,9 @@ def _sums_forward(tiles, z_loss, x, head, targets, weights):
         log_z = jax.nn.logsumexp(logits, axis=-1)
         sums = sums + _tile_sums(logits, log_z, targets, weights, z_loss)
         share = (weights * (1 + 2 * z_loss * log_z))[..., None] * jnp.exp(logits - log_z[..., None])
-        hit = jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1) == targets[..., None]
+        hit = (
+            jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1) == targets[..., None]
+        )
         d_logits = jnp.where(hit, share - weights[..., None], share).astype(x.dtype)
         d_x = _product(d_logits, head, "bv,dv->bd").astype(x.dtype)
         return (sums, d_head + _product(x, d_logits, "bd,bv->dv")), d_x
@@ -95,7 +106,8 @@ def _tile_sums(logits, log_z, targets, weights, z_loss):
 
 
 def _tiled(tiles, x, targets, weights):
-    """[b, t, ...] -> [tiles, b, t/tiles, ...], with batch and time flattened on a CPU, where products want two dims."""
+    """[b, t, ...] -> [tiles, b, t/tiles, ...], with batch and time flattened on a CPU, where
+    products want two dims."""
 
     def cut(a):
         b, t, *rest = a.shape
@@ -111,7 +123,8 @@ def _untiled(x, shape):
 
 
 def _product(a, b, letters):
-    """A product with float32 result; `b` in the letters stands for one dim of tokens or, off the CPU, for two."""
+    """A product with float32 result; `b` in the letters stands for one dim of tokens or, off the
+    CPU, for two."""
     if a.ndim == 3 or b.ndim == 3:
         letters = letters.replace("b", "bt")
     return jnp.einsum(letters, a, b, preferred_element_type=jnp.float32)

@@ -1,4 +1,5 @@
-"""Who may look at whom. Masks come from absolute positions and segments, never from buffer offsets."""
+"""Who may look at whom. Masks come from absolute positions and segments, never from buffer
+offsets."""
 
 import jax
 
@@ -9,7 +10,8 @@ def visible(
     q_segments: jax.Array | None = None,
     k_segments: jax.Array | None = None,
 ) -> jax.Array:
-    """Causal visibility [b, t, s] bool: key position >= 0, not after the query, and of the same segment.
+    """Causal visibility [b, t, s] bool: key position >= 0, not after the query, and of the same
+    segment.
 
     Positions and segments are int32 [b, t] and [b, s]; a key position of -1 marks an empty place.
     """

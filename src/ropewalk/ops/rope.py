@@ -1,10 +1,12 @@
-"""Rotary position embedding (arXiv:2104.09864), in the half-split pairing of Hugging Face checkpoints."""
+"""Rotary position embedding (arXiv:2104.09864), in the half-split pairing of Hugging Face
+checkpoints."""
 
 import math
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import numpy.typing as npt
 
 
 def frequencies(head_dim: int, theta: float) -> np.ndarray:
@@ -13,18 +15,30 @@ def frequencies(head_dim: int, theta: float) -> np.ndarray:
 
 
 def llama3_frequencies(
-    base: np.ndarray, factor: float, low_freq_factor: float, high_freq_factor: float, original_length: int
+    base: np.ndarray,
+    factor: float,
+    low_freq_factor: float,
+    high_freq_factor: float,
+    original_length: int,
 ) -> np.ndarray:
-    """Llama 3.1's stretch: long waves divided by `factor`, short ones kept, a ramp between. arXiv:2407.21783"""
+    """Llama 3.1's stretch: long waves divided by `factor`, short ones kept, a ramp between.
+    arXiv:2407.21783"""
     turns = original_length * base / (2 * math.pi)
     keep = np.clip((turns - low_freq_factor) / (high_freq_factor - low_freq_factor), 0.0, 1.0)
     return base * (keep + (1 - keep) / factor)
 
 
 def yarn_frequencies(
-    base: np.ndarray, theta: float, factor: float, beta_fast: float, beta_slow: float, original_length: int, truncate: bool
+    base: np.ndarray,
+    theta: float,
+    factor: float,
+    beta_fast: float,
+    beta_slow: float,
+    original_length: int,
+    truncate: bool,
 ) -> np.ndarray:
-    """YaRN's blend of interpolation (slow pairs) and extrapolation (fast pairs). arXiv:2309.00071"""
+    """YaRN's blend of interpolation (slow pairs) and extrapolation (fast pairs).
+    arXiv:2309.00071"""
     pairs = len(base)
 
     def pair_of(turns: float) -> float:
@@ -38,14 +52,19 @@ def yarn_frequencies(
     return base * ((1 - ramp) + ramp / factor)
 
 
-def angles(positions: jax.Array, inverse_frequencies: np.ndarray, scale: float = 1.0) -> tuple[jax.Array, jax.Array]:
+def angles(
+    positions: jax.Array, inverse_frequencies: npt.ArrayLike, scale: float = 1.0
+) -> tuple[jax.Array, jax.Array]:
     """Cosines and sines of every position, each [b, t, h/2] float32, multiplied by `scale`."""
     angle = positions.astype(jnp.float32)[..., None] * jnp.asarray(inverse_frequencies, jnp.float32)
     return jnp.cos(angle) * scale, jnp.sin(angle) * scale
 
 
 def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """Turns each pair (i, i + h/2) of x [b, t, n, h] by its angle; cos and sin [b, t, h/2]. Computed in float32."""
+    """Turns each pair (i, i + h/2) of x [b, t, n, h] by its angle; cos and sin [b, t, h/2].
+    Computed in float32."""
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     cos, sin = cos[:, :, None, :], sin[:, :, None, :]
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+    return jnp.concatenate(
+        [first * cos - second * sin, second * cos + first * sin], axis=-1
+    ).astype(x.dtype)

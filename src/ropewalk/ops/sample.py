@@ -7,9 +7,11 @@ import jax.numpy as jnp
 def sample(
     logits: jax.Array, key: jax.Array, temperature: jax.Array, top_k: jax.Array, top_p: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """Tokens int32 [b] and their natural log-probabilities float32 [b] under the unmodified logits [b, v].
+    """Tokens int32 [b] and their natural log-probabilities float32 [b] under the unmodified logits
+    [b, v].
 
-    temperature 0 takes the most likely token. top_k = 0 and top_p = 1 leave the distribution whole; arXiv:1904.09751.
+    temperature 0 takes the most likely token. top_k = 0 and top_p = 1 leave the distribution whole;
+    arXiv:1904.09751.
     """
     logits = logits.astype(jnp.float32)
     greedy = jnp.argmax(logits, axis=-1)

@@ -1,9 +1,12 @@
-"""Muon: momentum whose matrices are orthogonalised by Newton-Schulz iterations, AdamW for all that is no matrix.
+"""Muon: momentum whose matrices are orthogonalised by Newton-Schulz iterations, AdamW for all that
+is no matrix.
 
-kellerjordan.github.io/posts/muon; updates scaled to AdamW's size, so that one learning rate fits both: arXiv:2502.16982.
+kellerjordan.github.io/posts/muon; updates scaled to AdamW's size, so that one learning rate fits
+both: arXiv:2502.16982.
 """
 
 from collections.abc import Mapping
+from typing import Any
 
 import optax
 from optax.contrib import MuonDimensionNumbers
@@ -26,7 +29,7 @@ def build(
     table: Mapping[str, Spec],
 ) -> optax.GradientTransformation:
     """The transformation for parameters `path -> array`; `mask` says which of them decay."""
-    dims = {path: dimensions(spec) for path, spec in table.items()}
+    dims: Any = {path: dimensions(spec) for path, spec in table.items()}
     return optax_muon(
         matrix_rate,
         adam_learning_rate=rate,
@@ -42,7 +45,8 @@ def build(
 
 
 def dimensions(spec: Spec) -> MuonDimensionNumbers | None:
-    """Which dims of a parameter are the two sides of its matrix: the hidden features, and all others but `layers`."""
+    """Which dims of a parameter are the two sides of its matrix: the hidden features, and all
+    others but `layers`."""
     if kind(spec) != "matrix":
         return None
     hidden = tuple(dim for dim, axis in enumerate(spec.axes) if axis == "embed")

@@ -1,4 +1,5 @@
-"""The optimizer a recipe names: clipping, then AdamW or Muon, with weight decay by kind of parameter."""
+"""The optimizer a recipe names: clipping, then AdamW or Muon, with weight decay by kind of
+parameter."""
 
 from collections.abc import Mapping
 from typing import Literal
@@ -32,12 +33,31 @@ class Optimizer(Config):
     """muon: the peak for matrices; by default the same, which its updates are scaled for"""
 
     def build(self, steps: int, table: Mapping[str, Spec]) -> optax.GradientTransformation:
-        """The optax chain for parameters `path -> array` described by `table`, over a run of `steps`."""
+        """The optax chain for parameters `path -> array` described by `table`, over a run of
+        `steps`."""
         rate = self.schedule.build(self.learning_rate, steps)
         mask = {path: kind(spec) in self.decayed for path, spec in table.items()}
         if self.kind == "muon":
-            matrix_rate = self.schedule.build(self.matrix_learning_rate or self.learning_rate, steps)
-            rule = muon.build(matrix_rate, rate, self.beta1, self.beta2, self.epsilon, self.weight_decay, mask, table)
+            matrix_rate = self.schedule.build(
+                self.matrix_learning_rate or self.learning_rate, steps
+            )
+            rule = muon.build(
+                matrix_rate,
+                rate,
+                self.beta1,
+                self.beta2,
+                self.epsilon,
+                self.weight_decay,
+                mask,
+                table,
+            )
         else:
-            rule = optax.adamw(rate, self.beta1, self.beta2, self.epsilon, weight_decay=self.weight_decay, mask=mask)
+            rule = optax.adamw(
+                rate,
+                self.beta1,
+                self.beta2,
+                self.epsilon,
+                weight_decay=self.weight_decay,
+                mask=mask,
+            )
         return optax.chain(optax.clip_by_global_norm(self.clip), rule) if self.clip else rule

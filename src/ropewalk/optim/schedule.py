@@ -1,4 +1,5 @@
-"""Learning rate over the steps of a run: warm-up, then constant, linear, cosine, or stable with a decay at the end (WSD)."""
+"""Learning rate over the steps of a run: warm-up, then constant, linear, cosine, or stable with a
+decay at the end (WSD)."""
 
 from typing import Literal
 
@@ -21,13 +22,15 @@ class Schedule(Config):
     """what is left of the peak at the last step"""
 
     def build(self, peak: float, steps: int) -> optax.Schedule:
-        """step -> learning rate, for a run of `steps`. Raises ConfigError when warm-up and decay do not fit in it."""
+        """step -> learning rate, for a run of `steps`. Raises ConfigError when warm-up and decay do
+        not fit in it."""
         decay = steps - self.warmup_steps
         if self.kind == "wsd":
             decay = self.decay_steps or max(1, steps // 5)
         if self.warmup_steps + decay > steps or decay < 1:
             raise ConfigError(
-                f"optimizer.schedule: warmup_steps = {self.warmup_steps} and a decay of {max(decay, 1)} steps do not fit "
+                f"optimizer.schedule: warmup_steps = {self.warmup_steps} and a decay of "
+                f"{max(decay, 1)} steps do not fit "
                 f"into steps = {steps}; shorten them or lengthen the run"
             )
         rise = optax.linear_schedule(0.0, peak, self.warmup_steps)
@@ -35,7 +38,11 @@ class Schedule(Config):
             "constant": optax.constant_schedule(peak),
             "linear": optax.linear_schedule(peak, self.final * peak, decay),
             "cosine": optax.cosine_decay_schedule(peak, decay, alpha=self.final),
-            "wsd": optax.linear_schedule(peak, self.final * peak, decay, transition_begin=steps - decay - self.warmup_steps),
+            "wsd": optax.linear_schedule(
+                peak, self.final * peak, decay, transition_begin=steps - decay - self.warmup_steps
+            ),
         }
         # Step 0 already learns: the rise counts from 1.
-        return optax.join_schedules([lambda step: rise(step + 1), parts[self.kind]], [self.warmup_steps])
+        return optax.join_schedules(
+            [lambda step: rise(step + 1), parts[self.kind]], [self.warmup_steps]
+        )

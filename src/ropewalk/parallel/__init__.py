@@ -1,1 +1,2 @@
-"""Where arrays live: logical axes, rule tables, the device mesh, rematerialisation and process start-up."""
+"""Where arrays live: logical axes, rule tables, the device mesh, rematerialisation and process
+start-up."""

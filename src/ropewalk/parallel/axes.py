@@ -1,6 +1,7 @@
 """Logical axis names, and the one place where they become shardings.
 
-A parameter or activation names its dimensions; a rule table maps names to mesh axes. No code guesses from a path.
+A parameter or activation names its dimensions; a rule table maps names to mesh axes. No code
+guesses from a path.
 """
 
 import contextlib
@@ -49,11 +50,14 @@ class Placement:
         return self.mesh.devices.flat[0].platform
 
 
-_placement: contextvars.ContextVar[Placement | None] = contextvars.ContextVar("placement", default=None)
+_placement: contextvars.ContextVar[Placement | None] = contextvars.ContextVar(
+    "placement", default=None
+)
 
 
 def kind(spec: Spec) -> Kind:
-    """What a parameter is to an optimizer: a table over the vocabulary, a product's matrix, or a scale or bias."""
+    """What a parameter is to an optimizer: a table over the vocabulary, a product's matrix, or a
+    scale or bias."""
     axes = set(spec.axes) - {"layers"}
     if "vocab" in axes:
         return "embedding"
@@ -62,7 +66,8 @@ def kind(spec: Spec) -> Kind:
 
 @contextlib.contextmanager
 def placed(placement: Placement | None) -> Iterator[None]:
-    """While a program is traced: `shard` constrains by this mesh and these rules, `platform` answers for it."""
+    """While a program is traced: `shard` constrains by this mesh and these rules, `platform`
+    answers for it."""
     token = _placement.set(placement)
     try:
         yield
@@ -71,15 +76,18 @@ def placed(placement: Placement | None) -> Iterator[None]:
 
 
 def platform() -> str:
-    """The platform of the program being traced: that of the mesh, or of the default device without one."""
+    """The platform of the program being traced: that of the mesh, or of the default device without
+    one."""
     placement = _placement.get()
     return placement.platform if placement else jax.default_backend()
 
 
 def shard(x: jax.Array, *axes: str | None) -> jax.Array:
-    """Constrains an activation to lie as its logical axes say; without a mesh it is returned as it came.
+    """Constrains an activation to lie as its logical axes say; without a mesh it is returned as it
+    came.
 
-    A dimension that its mesh axes do not divide stays whole (one sequence cannot be split over eight devices).
+    A dimension that its mesh axes do not divide stays whole (one sequence cannot be split over
+    eight devices).
     """
     placement = _placement.get()
     if placement is None or placement.mesh.size == 1:
@@ -91,18 +99,22 @@ def shard(x: jax.Array, *axes: str | None) -> jax.Array:
 def shardings(table: Mapping[str, Spec], placement: Placement) -> dict[str, NamedSharding]:
     """The sharding of every parameter in a table of path -> Spec.
 
-    Raises LayoutError, with path and both numbers, where a dimension does not divide over its mesh axes.
+    Raises LayoutError, with path and both numbers, where a dimension does not divide over its mesh
+    axes.
     """
     return {path: _parameter_sharding(path, spec, placement) for path, spec in table.items()}
 
 
 def batch_sharding(placement: Placement, batch: int) -> NamedSharding:
-    """The sharding of a [b, t] array of `batch` sequences. Raises LayoutError when they do not divide."""
+    """The sharding of a [b, t] array of `batch` sequences. Raises LayoutError when they do not
+    divide."""
     spec = _partition(("batch", "time"), placement, fits=lambda dim, ways: True)
-    ways = _ways(spec[0], placement.mesh)
+    names = next(iter(spec), None)
+    ways = _ways(names, placement.mesh)
     if batch % ways:
         raise LayoutError(
-            f"batch of {batch} sequences does not divide over {ways} devices (mesh axes {spec[0]}); "
+            f"batch of {batch} sequences does not divide over {ways} devices (mesh axes "
+            f"{spec[0]}); "
             f"set data.batch_size to a multiple of {ways}, or change layout.mesh"
         )
     return NamedSharding(placement.mesh, spec)
@@ -119,7 +131,8 @@ def _parameter_sharding(path: str, spec: Spec, placement: Placement) -> NamedSha
         ways = _ways(names, placement.mesh)
         if spec.shape[dim] % ways:
             raise LayoutError(
-                f"parameter `{path}` has {spec.shape[dim]} `{spec.axes[dim]}`, which does not divide over the {ways} "
+                f"parameter `{path}` has {spec.shape[dim]} `{spec.axes[dim]}`, which does not "
+                f"divide over the {ways} "
                 f"devices of mesh axis {names}; change layout.mesh or layout.rules"
             )
     return NamedSharding(placement.mesh, partition)
@@ -139,7 +152,7 @@ def _partition(axes, placement: Placement, fits) -> PartitionSpec:
             parts.append(None)
             continue
         used.update(names)
-        parts.append(names if len(names) > 1 else names[0])
+        parts.append(names[0] if len(names) == 1 else names)
     return PartitionSpec(*parts)
 
 

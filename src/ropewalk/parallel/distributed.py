@@ -1,4 +1,5 @@
-"""One process or a thousand run the same command: start-up from Slurm, MPI, a TPU pod, GKE, or plain variables."""
+"""One process or a thousand run the same command: start-up from Slurm, MPI, a TPU pod, GKE, or
+plain variables."""
 
 import os
 
@@ -12,8 +13,9 @@ _CLUSTERS = (("SLURM_NTASKS", "SLURM_PROCID"), ("OMPI_COMM_WORLD_SIZE", "OMPI_CO
 def start() -> None:
     """Joins the other processes of this run, if there are any.
 
-    Plain variables: JAX_COORDINATOR_ADDRESS=host:port, JAX_NUM_PROCESSES, JAX_PROCESS_ID. Slurm and MPI are recognised
-    by theirs, a multi-host TPU by its own. Raises LayoutError when only some of the three are set.
+    Plain variables: JAX_COORDINATOR_ADDRESS=host:port, JAX_NUM_PROCESSES, JAX_PROCESS_ID. Slurm and
+    MPI are recognised by theirs, a multi-host TPU by its own. Raises LayoutError when only some of
+    the three are set.
     """
     if jax.distributed.is_initialized():
         return
@@ -31,8 +33,13 @@ def start() -> None:
             )
             if not value
         ]
-        raise LayoutError(f"a run of several processes needs {' and '.join(missing)} in the environment too")
-    elif any(int(os.environ.get(size, "1")) > 1 and rank in os.environ for size, rank in _CLUSTERS):
-        jax.distributed.initialize()
-    elif len(os.environ.get("TPU_WORKER_HOSTNAMES", "").split(",")) > 1 or "JOBSET_NAME" in os.environ:
+        raise LayoutError(
+            f"a run of several processes needs {' and '.join(missing)} in the environment too"
+        )
+    elif any(
+        int(os.environ.get(size, "1")) > 1 and rank in os.environ for size, rank in _CLUSTERS
+    ) or (
+        len(os.environ.get("TPU_WORKER_HOSTNAMES", "").split(",")) > 1
+        or "JOBSET_NAME" in os.environ
+    ):
         jax.distributed.initialize()

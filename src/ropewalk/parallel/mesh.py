@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 from jax.sharding import AxisType, Mesh
@@ -11,10 +12,11 @@ from ropewalk.core.errors import LayoutError
 AXES = ("replica", "data", "stage", "fsdp", "context", "tensor", "expert")
 
 
-def build(sizes: dict[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
+def build(sizes: dict[str, int], devices: Sequence[Any] | None = None) -> Mesh:
     """A mesh over all devices with the named sizes; an axis of size -1 takes what the others leave.
 
-    Axes that are not named have size 1. Raises LayoutError when the product is not the number of devices.
+    Axes that are not named have size 1. Raises LayoutError when the product is not the number of
+    devices.
     """
     devices = list(jax.devices() if devices is None else devices)
     sizes = _filled(sizes, len(devices))
@@ -30,7 +32,8 @@ def build(sizes: dict[str, int], devices: Sequence[jax.Device] | None = None) ->
 
 
 def default_sizes(rules: str, devices: int) -> dict[str, int]:
-    """The mesh a rule table is meant for: pairs of devices along `tensor`, the rest along `fsdp`."""
+    """The mesh a rule table is meant for: pairs of devices along `tensor`, the rest along
+    `fsdp`."""
     if rules == "tensor":
         return {"tensor": -1}
     if rules == "fsdp_tensor":
@@ -46,7 +49,8 @@ def _filled(sizes: dict[str, int], devices: int) -> dict[str, int]:
     rest = [name for name, size in sizes.items() if size == -1]
     if wrong or len(rest) > 1:
         raise LayoutError(
-            f"layout.mesh: {', '.join(wrong or rest)}: a size is a positive number, and one axis at most is -1 (the rest)"
+            f"layout.mesh: {', '.join(wrong or rest)}: a size is a positive number, and one axis "
+            "at most is -1 (the rest)"
         )
     known = math.prod(size for size in sizes.values() if size != -1)
     full = {name: sizes.get(name, 1) for name in AXES}

@@ -1,4 +1,5 @@
-"""Rematerialisation by name: what a block keeps for its backward pass and what it computes again."""
+"""Rematerialisation by name: what a block keeps for its backward pass and what it computes
+again."""
 
 from collections.abc import Callable
 from typing import Any, Literal
@@ -15,10 +16,12 @@ _POLICIES = {
 
 
 def wrap(function: Callable[..., Any], name: Remat, in_scan: bool) -> Callable[..., Any]:
-    """`function` with its activations kept (`none`), recomputed (`full`), or all but its products recomputed (`dots`).
+    """`function` with its activations kept (`none`), recomputed (`full`), or all but its products
+    recomputed (`dots`).
 
-    `dots_no_batch` keeps the products with parameters and recomputes attention. Inside a scan, the loop itself keeps XLA
-    from merging the recomputation with the first computation, so no barrier is needed.
+    `dots_no_batch` keeps the products with parameters and recomputes attention. Inside a scan, the
+    loop itself keeps XLA from merging the recomputation with the first computation, so no barrier
+    is needed.
     """
     if name == "none":
         return function

@@ -1,6 +1,7 @@
 """Named rule tables: which mesh axes each logical axis spreads over. Data, not code.
 
-`embed` is split by `fsdp` in parameters only; the activations' `hidden` stays whole and their `batch` is split instead.
+`embed` is split by `fsdp` in parameters only; the activations' `hidden` stays whole and their
+`batch` is split instead.
 """
 
 from collections.abc import Mapping

@@ -67,11 +67,12 @@ def render(
         ) from None
     except (
         jinja2.TemplateError,
+        ArithmeticError,
+        AttributeError,
+        LookupError,
+        RecursionError,
         TypeError,
         ValueError,
-        AttributeError,
-        KeyError,
-        IndexError,
     ) as error:
         raise DataError(
             f"the chat template of {tokenizer.name} fails: {type(error).__name__}: {error}"

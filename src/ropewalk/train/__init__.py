@@ -15,7 +15,8 @@ if TYPE_CHECKING:
 
 class _Train(types.ModuleType):
     def __call__(self, recipe: str | os.PathLike[str], overrides: Sequence[str] = ()) -> "Result":
-        """Trains a recipe (a file, or the name of a bundled one) with `key=value` overrides. Raises a UserError."""
+        """Trains a recipe (a file, or the name of a bundled one) with `key=value` overrides. Raises
+        a UserError."""
         from ropewalk.train import loop, run  # start-up time: they import jax
 
         return loop.train(run.read(recipe, overrides))

@@ -1,4 +1,5 @@
-"""From a recipe to the things a run is made of: model, data, optimizer, placement, and the compiled step."""
+"""From a recipe to the things a run is made of: model, data, optimizer, placement, and the compiled
+step."""
 
 import dataclasses
 import math
@@ -29,7 +30,13 @@ from ropewalk.train.run import Run
 from ropewalk.train.state import State
 from ropewalk.train.step import make_step
 
-BATCH_DTYPES = {"tokens": "int32", "targets": "int32", "positions": "int32", "segment_ids": "int32", "weights": "float32"}
+BATCH_DTYPES = {
+    "tokens": "int32",
+    "targets": "int32",
+    "positions": "int32",
+    "segment_ids": "int32",
+    "weights": "float32",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,7 +75,8 @@ class Built:
         return states.fresh(model, self.optimizer, self.run.weights_dtype)
 
     def compile_step(self, where: State) -> Any:
-        """The step, compiled before the first batch: `(state, batch) -> (state, metrics)`, with the state donated."""
+        """The step, compiled before the first batch: `(state, batch) -> (state, metrics)`, with the
+        state donated."""
         run = self.run
         step = make_step(
             self.structure,
@@ -82,7 +90,10 @@ class Built:
         )
         size, length = run.data.batch_size, run.data.length
         sharding = batch_sharding(self.placement, size)
-        batch = {name: jax.ShapeDtypeStruct((size, length), jnp.dtype(kind)) for name, kind in BATCH_DTYPES.items()}
+        batch = {
+            name: jax.ShapeDtypeStruct((size, length), jnp.dtype(kind))
+            for name, kind in BATCH_DTYPES.items()
+        }
         abstract = jax.eval_shape(self.fresh)
         compiled = jax.jit(
             step,
@@ -107,12 +118,18 @@ class Built:
             return None
         sizes = self.tokenizer.token_bytes()
         return Evaluator(
-            self.structure, self.run.objective, self.placement, self.run.compute_dtype, self.heldout, sizes
+            self.structure,
+            self.run.objective,
+            self.placement,
+            self.run.compute_dtype,
+            self.heldout,
+            sizes,
         )
 
 
 def build(run: Run) -> Built:
-    """Everything a run needs, checked against each other. Raises a UserError that names the keys to change."""
+    """Everything a run needs, checked against each other. Raises a UserError that names the keys to
+    change."""
     directory = Path(run.directory)
     if directory.exists() and not directory.is_dir():
         raise ConfigError(f"directory: {directory} is a file; name a directory for the run")
@@ -126,7 +143,8 @@ def build(run: Run) -> Built:
     config = named.config
     if batches.max_token_id >= config.vocab_size:
         raise DataError(
-            f"the data has token ids up to {batches.max_token_id} and model.vocab_size is {config.vocab_size}; set it to "
+            f"the data has token ids up to {batches.max_token_id} and model.vocab_size is "
+            f"{config.vocab_size}; set it to "
             f"{batches.max_token_id + 1} or more, or use another tokenizer"
         )
     if run.data.length > config.max_position_embeddings:
@@ -139,7 +157,9 @@ def build(run: Run) -> Built:
         heldout = Heldout(run.data, tokenizer, None, process, processes)
     structure = jax.eval_shape(lambda: _module(named, run, placement))
     optimizer = run.optimizer.build(run.steps, table(structure))
-    return Built(run, directory, named, structure, placement, optimizer, tokenizer, batches, heldout, start)
+    return Built(
+        run, directory, named, structure, placement, optimizer, tokenizer, batches, heldout, start
+    )
 
 
 def model_of(run: Run) -> models.Named:
@@ -165,12 +185,17 @@ def _module(named: models.Named, run: Run, placement: Placement) -> Any:
     return run.layout.apply(model, placement.platform)
 
 
-def _named(run: Run, start: pretrained.Pretrained | None, tokenizer: Tokenizer | None) -> models.Named:
+def _named(
+    run: Run, start: pretrained.Pretrained | None, tokenizer: Tokenizer | None
+) -> models.Named:
     """Family and config; a vocabulary that is not given is the tokenizer's."""
     if start is not None:
         changes = sorted(set(run.model) - {"path"})
         if changes:
-            raise ConfigError(f"model: `{changes[0]}` cannot be changed in a model that is loaded from `path`; remove it")
+            raise ConfigError(
+                f"model: `{changes[0]}` cannot be changed in a model that is loaded from `path`; "
+                "remove it"
+            )
         return models.Named(start.family, start.config)
     values = dict(run.model)
     if "family" in values and "vocab_size" not in values and tokenizer is not None:
@@ -198,7 +223,9 @@ def _own_tokenizer(run: Run) -> Tokenizer | None:
 def _divides(run: Run, placement: Placement) -> None:
     size, parts = run.data.batch_size, run.accumulate
     if size % parts:
-        raise ConfigError(f"data.batch_size = {size} does not divide into accumulate = {parts} micro-batches")
+        raise ConfigError(
+            f"data.batch_size = {size} does not divide into accumulate = {parts} micro-batches"
+        )
     batch_sharding(placement, size // parts)
 
 
@@ -210,5 +237,8 @@ def _rows_of(placement: Placement, size: int) -> tuple[int, int]:
     last = max(size if row.stop is None else row.stop for row in rows)
     count = last - first
     if size % count or first % count or math.ceil(size / count) * count != size:
-        raise ConfigError(f"layout.mesh gives this process rows {first} to {last} of {size}, which is no even share")
+        raise ConfigError(
+            f"layout.mesh gives this process rows {first} to {last} of {size}, which is no even "
+            "share"
+        )
     return first // count, size // count

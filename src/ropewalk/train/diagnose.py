@@ -1,4 +1,5 @@
-"""Where the numbers stop being finite: the first part of the forward pass, or the last whose gradient is not."""
+"""Where the numbers stop being finite: the first part of the forward pass, or the last whose
+gradient is not."""
 
 from typing import Any
 
@@ -14,7 +15,8 @@ from ropewalk.train.step import Batch, Loss
 
 
 def first_bad(structure: Any, loss: Loss, params: dict[str, jax.Array], batch: Batch) -> str:
-    """One phrase naming the first part whose output, weight or gradient is not finite. Runs block by block, uncompiled."""
+    """One phrase naming the first part whose output, weight or gradient is not finite. Runs block
+    by block, uncompiled."""
     bad = [path for path, value in params.items() if not _finite(value)]
     if bad:
         return f"the weight `{bad[0]}` is not finite"
@@ -39,13 +41,20 @@ def first_bad(structure: Any, loss: Loss, params: dict[str, jax.Array], batch: B
     bad = [path for path, grad in grads.items() if not _finite(grad)]
     if not bad:
         return "with the last good weights the batch is finite now"
-    return f"the forward pass is finite and the gradient of `{_latest(bad)}` is not ({len(bad)} of {len(grads)} are not)"
+    count = f"{len(bad)} of {len(grads)} are not"
+    return f"the forward pass is finite and the gradient of `{_latest(bad)}` is not ({count})"
 
 
 def _latest(paths: list[str]) -> str:
     """The one nearest the loss, where the backward pass begins."""
     order = ("head", "final_norm", "layers", "embed")
-    return min(paths, key=lambda path: (order.index(path.split(".")[0]) if path.split(".")[0] in order else 0, path))
+    return min(
+        paths,
+        key=lambda path: (
+            order.index(path.split(".")[0]) if path.split(".")[0] in order else 0,
+            path,
+        ),
+    )
 
 
 def _finite(value: Any) -> bool:

@@ -1,4 +1,5 @@
-"""The held-out split: loss, perplexity, accuracy, and bits per byte, which compares across tokenizers."""
+"""The held-out split: loss, perplexity, accuracy, and bits per byte, which compares across
+tokenizers."""
 
 import math
 from collections.abc import Callable, Iterable
@@ -42,7 +43,8 @@ class Evaluator:
         self._sums = jax.jit(sums)
 
     def __call__(self, params: dict[str, jax.Array], place: Place) -> dict[str, float]:
-        """eval_loss (nats a token), eval_perplexity, eval_accuracy, eval_bits_per_byte over the whole split."""
+        """eval_loss (nats a token), eval_perplexity, eval_accuracy, eval_bits_per_byte over the
+        whole split."""
         total: dict[str, np.ndarray] = {}
         for batch in self._batches:
             arrays = dict(batch.arrays)

@@ -1,11 +1,13 @@
-"""The loop: batches through the compiled step, with evaluation, samples, checkpoints and numbers on their cadence."""
+"""The loop: batches through the compiled step, with evaluation, samples, checkpoints and numbers on
+their cadence."""
 
 import contextlib
 import dataclasses
+import signal
 import time
 from collections import deque
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 import yaml
@@ -16,11 +18,12 @@ from ropewalk.core.compilation import keep_programs
 from ropewalk.core.errors import TrainingError
 from ropewalk.core.log import log
 from ropewalk.core.storage import owned, write_atomic
+from ropewalk.data.stats import Batch
 from ropewalk.layers.decode import Decoder, Sampling
 from ropewalk.layers.lm import with_parameters
 from ropewalk.metrics import writers
 from ropewalk.metrics.meter import Meter, total_peak
-from ropewalk.metrics.report import write_report
+from ropewalk.metrics.report import read_history, write_report
 from ropewalk.parallel import distributed
 from ropewalk.train import session
 from ropewalk.train.build import Built, build
@@ -33,7 +36,8 @@ class Result:
     """How a run ended."""
 
     status: str
-    """`finished`, `target` (held-out loss reached), or `stopped` (by a signal; the same command goes on)"""
+    """`finished`, `target` (held-out loss reached), or `stopped` (by a signal; the same command
+    goes on)"""
     steps: int
     final_loss: float | None
     """of the last step, in nats a token; None when no step was left to do"""
@@ -49,7 +53,8 @@ class Result:
 def train(run: Run) -> Result:
     """Runs a run from its newest checkpoint, or from the start, to its end.
 
-    Raises a UserError for a mistake in the recipe or its files, and TrainingError when it cannot go on; what was saved stays.
+    Raises a UserError for a mistake in the recipe or its files, and TrainingError when it cannot go
+    on; what was saved stays.
     """
     started = time.monotonic()
     distributed.start()
@@ -78,14 +83,19 @@ class _Loop:
             self.settings.metrics, built.directory, self.settings.steps, self.resumed, built.recipe
         )
         if jax.process_index() == 0:
-            write_atomic(built.directory / session.RECIPE, yaml.safe_dump(built.recipe, sort_keys=False))
+            write_atomic(
+                built.directory / session.RECIPE, yaml.safe_dump(built.recipe, sort_keys=False)
+            )
         self.evaluator = built.evaluator()
         self.decoder: Decoder | None = None
         self.recent: deque[Any] = deque(maxlen=self.settings.stop_after_skipped)
         peak = total_peak(jax.devices(), self.settings.compute_dtype)
         flops = 3 * built.structure.flops(1, self.settings.data.length)
-        self.meter = Meter(self.settings.steps, flops, peak.flops, step=self.at, started=started)
-        self.out.event(self.at, "started", **writers.facts(self.settings.steps, peak))
+        tokens = int(read_history(built.directory).series["tokens"].last() or 0)
+        self.peak = peak
+        self.meter = Meter(
+            self.settings.steps, flops, peak.flops, step=self.at, tokens=tokens, started=started
+        )
 
     def run(self) -> Result:
         try:
@@ -100,15 +110,15 @@ class _Loop:
         steps = self.settings.steps
         if self.resumed is not None:
             log.info("%s: going on from step %d of %d", self.built.directory, self.at, steps)
+        self.out.event(self.at, "started", **writers.facts(steps, self.peak))
         step = self.built.compile_step(self.where)
-        self._samples()
+        if self.resumed is None:
+            self._samples()
         self.meter.begin(time.monotonic())
         waiting = None
         with session.signals() as asked:
             while self.at < steps:
-                batch = next(self.built.batches, None)
-                if batch is None:
-                    self._data_ended(self.at)
+                batch = self._next_batch()
                 self.state, metrics = step(self.state, self.built.place(batch.arrays))
                 self.at += 1
                 self.recent.append((self.at, batch))
@@ -121,14 +131,27 @@ class _Loop:
                     waiting = None
                 if stop:
                     self._save(wait=True)
+                    self.out.event(self.at, "stopped", signal=signal.Signals(stop).name)
                     return self._result("stopped", None, stop)
                 if self._done():
                     break
         return self._finish("finished" if self.at >= steps else "target")
 
+    def _next_batch(self) -> Batch:
+        batch = next(self.built.batches, None)
+        if batch is None:
+            self._data_ended(self.at)
+        return batch
+
     def _due(self) -> bool:
-        cadences = (self.settings.evaluate.every, self.settings.samples.every, self.settings.checkpoint.every)
-        return self.at >= self.settings.steps or any(every and self.at % every == 0 for every in cadences)
+        cadences = (
+            self.settings.evaluate.every,
+            self.settings.samples.every,
+            self.settings.checkpoint.every,
+        )
+        return self.at >= self.settings.steps or any(
+            every and self.at % every == 0 for every in cadences
+        )
 
     def _done(self) -> bool:
         target = self.settings.evaluate.target_loss
@@ -136,7 +159,8 @@ class _Loop:
         return self.at >= self.settings.steps or reached
 
     def _pause(self, at: int, metrics: dict[str, Any], last: bool) -> None:
-        """Evaluation, samples and a checkpoint where they are due; then the numbers of this step with all of it."""
+        """Evaluation, samples and a checkpoint where they are due; then the numbers of this step
+        with all of it."""
         every, final = self.settings.evaluate.every, at >= self.settings.steps
         numbers = self._numbers(at, metrics)
         if not last and self.evaluator and (final or (every and at % every == 0)):
@@ -145,7 +169,11 @@ class _Loop:
             self.meter.aside("evaluation", time.monotonic() - begun)
             numbers |= self.evaluation
         self.out.write(at, numbers)
-        if not last and self.settings.samples.every and (final or at % self.settings.samples.every == 0):
+        if (
+            not last
+            and self.settings.samples.every
+            and (final or at % self.settings.samples.every == 0)
+        ):
             self._samples()
         if at % self.settings.checkpoint.every == 0 or self._done():
             self._save()
@@ -154,9 +182,10 @@ class _Loop:
         self.out.write(at, self._numbers(at, metrics))
 
     def _numbers(self, at: int, metrics: dict[str, Any]) -> dict[str, float]:
-        """A step's metrics as host floats; waits for the step. Raises TrainingError when too many were dropped."""
+        """A step's metrics as host floats; waits for the step. Raises TrainingError when too many
+        were dropped."""
         values = jax.device_get(metrics)
-        loss, tokens = values["loss"]
+        tokens = values["loss"][1]
         if tokens == 0:
             self._data_ended(at - 1)
         means = {name: float(v[0] / v[1]) for name, v in values.items() if isinstance(v, tuple)}
@@ -180,21 +209,28 @@ class _Loop:
         batch = next((batch for step, batch in self.recent if step == at), None)
         if jax.process_count() == 1 and batch is not None:
             where = first_bad(
-                self.built.structure, self.settings.objective, self.state.params, self.built.place(batch.arrays)
+                self.built.structure,
+                self.settings.objective,
+                self.state.params,
+                self.built.place(batch.arrays),
             )
         names = self._names(at)
         raise TrainingError(
-            f"stopped at step {at}: {row} updates in a row had a loss or gradient that is not finite and were dropped "
+            f"stopped at step {at}: {row} updates in a row had a loss or gradient that is not "
+            "finite and were dropped "
             f"(stop_after_skipped = {self.settings.stop_after_skipped}); {where}. The batch held "
-            f"{', '.join(names[:5])}{f' and {len(names) - 5} more' if len(names) > 5 else ''}. The weights are those before "
+            f"{', '.join(names[:5])}{f' and {len(names) - 5} more' if len(names) > 5 else ''}. The "
+            "weights are those before "
             f"the first of them and are saved; lower optimizer.learning_rate, or look at the data"
         )
 
-    def _data_ended(self, at: int) -> None:
+    def _data_ended(self, at: int) -> NoReturn:
         self._save(wait=True)
         raise TrainingError(
-            f"the data ended after step {at} of {self.settings.steps} (data.epochs = {self.settings.data.epochs}); the "
-            f"weights are saved. Lower `steps` to {at}, or raise data.epochs (null repeats for ever)"
+            f"the data ended after step {at} of {self.settings.steps} (data.epochs = "
+            f"{self.settings.data.epochs}); the "
+            f"weights are saved. Lower `steps` to {at}, or raise data.epochs (null repeats for "
+            "ever)"
         )
 
     def _samples(self) -> None:
@@ -208,7 +244,9 @@ class _Loop:
             self.decoder.refresh(model)
         wanted = self.settings.samples
         sampling = Sampling(
-            max_new_tokens=wanted.max_new_tokens, temperature=wanted.temperature, seed=self.settings.seed
+            max_new_tokens=wanted.max_new_tokens,
+            temperature=wanted.temperature,
+            seed=self.settings.seed,
         )
         for prompt in wanted.prompts:
             self.out.sample(self.at, prompt, self._continuation(self.decoder, prompt, sampling))
@@ -219,8 +257,8 @@ class _Loop:
         if tokenizer is None:
             return ""
         ids = tokenizer.encode_prompt(prompt) or list(tokenizer.eos_ids[:1])
-        written = [step.tokens[0] for step in decoder.stream([ids], sampling, tokenizer.eos_ids)]
-        return tokenizer.decode([token for token in written if token is not None and token not in tokenizer.eos_ids])
+        written = [new.token for new in decoder.stream([ids], sampling, tokenizer.eos_ids)]
+        return tokenizer.decode([token for token in written if token not in tokenizer.eos_ids])
 
     def _save(self, wait: bool = False) -> None:
         begun = time.monotonic()
@@ -236,10 +274,8 @@ class _Loop:
 
     def _finish(self, status: str) -> Result:
         self.manager.wait()
-        self.out.event(self.at, status)
         export = self._export()
-        if jax.process_index() == 0:
-            write_report(self.built.directory)
+        self.out.event(self.at, status)
         return self._result(status, export, None)
 
     def _export(self) -> Path | None:
@@ -247,11 +283,22 @@ class _Loop:
         if self.settings.export == "none" or jax.process_count() > 1:
             return None
         family, config = self.built.named
-        done = pretrained.Pretrained(family, config, self.state.params, self.built.tokenizer, str(self.built.directory))
+        done = pretrained.Pretrained(
+            family, config, self.state.params, self.built.tokenizer, str(self.built.directory)
+        )
         return done.save(target, self.settings.export)
 
     def _result(self, status: str, export: Path | None, stop: int | None) -> Result:
+        if jax.process_index() == 0:
+            write_report(self.built.directory)
         checkpoint = self.built.directory / pretrained.CHECKPOINTS / str(self.at)
         return Result(
-            status, self.at, self.final_loss, self.evaluation, self.built.directory, checkpoint, export, stop
+            status,
+            self.at,
+            self.final_loss,
+            self.evaluation,
+            self.built.directory,
+            checkpoint,
+            export,
+            stop,
         )

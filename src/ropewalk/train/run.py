@@ -1,4 +1,5 @@
-"""`Run`: everything a recipe says, typed and frozen. Each part is declared by the room that uses it."""
+"""`Run`: everything a recipe says, typed and frozen. Each part is declared by the room that uses
+it."""
 
 import difflib
 import os
@@ -11,6 +12,7 @@ import pydantic
 
 from ropewalk.checkpoint import manager
 from ropewalk.core.config import Config, override, read_yaml
+from ropewalk.core.errors import ConfigError
 from ropewalk.data import pipeline
 from ropewalk.losses.next_token import NextToken
 from ropewalk.metrics import writers
@@ -68,7 +70,8 @@ class Run(Config):
     """A training run."""
 
     model: dict[str, Any]
-    """`preset` or `family` with its config (Hugging Face's names), or `path` of a model to start from"""
+    """`preset` or `family` with its config (Hugging Face's names), or `path` of a model to start
+    from"""
     tokenizer: Tokenizer = Tokenizer()
     data: pipeline.Config
     objective: NextToken = NextToken()
@@ -103,7 +106,8 @@ class Run(Config):
 
 
 def read(recipe: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Run:
-    """The run that a recipe (a file, or the name of a bundled one) and `key=value` overrides describe.
+    """The run that a recipe (a file, or the name of a bundled one) and `key=value` overrides
+    describe.
 
     Raises ConfigError naming file, key and fix.
     """
@@ -114,11 +118,15 @@ def read(recipe: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Run:
 
 
 def find(recipe: str | os.PathLike[str]) -> Path:
-    """The file of a recipe. Raises ConfigError, with the nearest bundled name, when there is none."""
+    """The file of a recipe. Raises ConfigError, with the nearest bundled name, when there is
+    none."""
     path = Path(recipe).expanduser()
     if path.is_file():
         return path
-    bundled = {file.stem: file for file in sorted(Path(str(resources.files("ropewalk") / "recipes")).glob("*.yml"))}
+    bundled = {
+        file.stem: file
+        for file in sorted(Path(str(resources.files("ropewalk") / "recipes")).glob("*.yml"))
+    }
     if str(recipe) in bundled:
         return bundled[str(recipe)]
     near = difflib.get_close_matches(str(recipe), bundled, n=1)

@@ -1,4 +1,5 @@
-"""What surrounds the steps of a run: where it starts from, signals, and the directory it may use."""
+"""What surrounds the steps of a run: where it starts from, signals, and the directory it may
+use."""
 
 import contextlib
 import signal
@@ -23,21 +24,32 @@ from ropewalk.train.state import State
 
 RECIPE = "recipe.yml"
 EXPORT = "hf"
-# A checkpoint made with other values of these is not this run's: its weights, data or optimizer mean something else.
+# A checkpoint made with other values of these is not this run's: its weights, data or optimizer
+# mean something else.
 _FIXED = ("model", "tokenizer", "data", "optimizer.kind", "precision", "seed")
 
 
-def first_state(built: Built, manager: Manager) -> tuple[State, State, int | None, dict[str, float]]:
-    """The state to go on from, its shardings, the step it was restored from (or None), and that checkpoint's metrics.
+def first_state(
+    built: Built, manager: Manager
+) -> tuple[State, State, int | None, dict[str, float]]:
+    """The state to go on from, its shardings, the step it was restored from (or None), and that
+    checkpoint's metrics.
 
-    Raises CheckpointError when the checkpoint is of another model, or made with values that may not change.
+    Raises CheckpointError when the checkpoint is of another model, or made with values that may not
+    change.
     """
     abstract = jax.eval_shape(built.fresh)
     where = states.place(abstract, built.table, built.placement)
-    described = jax.tree.map(lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), abstract, where)
+    described = jax.tree.map(
+        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
+        abstract,
+        where,
+    )
     latest = manager.latest()
     if latest is not None:
-        _same_recipe(read_manifest(built.directory / pretrained.CHECKPOINTS / str(latest)).recipe, built)
+        _same_recipe(
+            read_manifest(built.directory / pretrained.CHECKPOINTS / str(latest)).recipe, built
+        )
     restored = manager.restore(described.tree())
     if restored is None:
         return _begin(built, where), where, None, {}
@@ -52,22 +64,28 @@ def check_directory(directory: Path) -> None:
     foreign = sorted(names - {RECIPE, pretrained.TOKENIZER, pretrained.CHECKPOINTS, LOCK})
     if RECIPE not in names and foreign:
         raise ConfigError(
-            f"directory: {directory} is not a run (it has `{foreign[0]}` and no {RECIPE}); choose another, or empty it"
+            f"directory: {directory} is not a run (it has `{foreign[0]}` and no {RECIPE}); choose "
+            "another, or empty it"
         )
 
 
 @contextlib.contextmanager
 def signals() -> Iterator[Callable[[int], int | None]]:
-    """While inside, SIGTERM and SIGINT ask the run to stop; the first of them is what the yielded function returns.
+    """While inside, SIGTERM and SIGINT ask the run to stop; the first of them is what the yielded
+    function returns.
 
-    It takes the number of the step, since several processes agree on it only every few steps. A second signal kills.
+    It takes the number of the step, since several processes agree on it only every few steps. A
+    second signal kills.
     """
     received: list[int] = []
 
-    def handle(number: int, frame: Any) -> None:
+    def handle(number: int, _: Any) -> None:
         received.append(number)
-        signal.signal(number, before[number])
-        log.info("%s: saving and leaving after this step; once more leaves at once", signal.Signals(number).name)
+        signal.signal(number, before[signal.Signals(number)])
+        log.info(
+            "%s: saving and leaving after this step; once more leaves at once",
+            signal.Signals(number).name,
+        )
 
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     for number in before:
@@ -92,7 +110,10 @@ def _begin(built: Built, where: State) -> State:
     state, _ = states.build(built.fresh, built.table, built.placement)
     if built.start is None:
         return state
-    params = {path: jax.device_put(built.start.params[path].astype(a.dtype), where.params[path]) for path, a in state.params.items()}
+    params = {
+        path: jax.device_put(built.start.params[path].astype(a.dtype), where.params[path])
+        for path, a in state.params.items()
+    }
     return states.State(params, state.frozen, state.opt_state, state.step, state.extra)
 
 
@@ -113,7 +134,8 @@ def _same_recipe(saved: dict[str, Any], built: Built) -> None:
     refused = [text for key, text in zip(changed, told, strict=True) if key.startswith(_FIXED)]
     if refused:
         raise CheckpointError(
-            f"{built.directory} was begun with another recipe: {'; '.join(refused)}. These cannot change in a run that goes "
+            f"{built.directory} was begun with another recipe: {'; '.join(refused)}. These cannot "
+            "change in a run that goes "
             f"on; set them back, or choose another `directory`"
         )
     if told:

@@ -1,4 +1,5 @@
-"""The train state: flat dicts of arrays, never the module. What shape it has, where it lies, how it starts."""
+"""The train state: flat dicts of arrays, never the module. What shape it has, where it lies, how it
+starts."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -25,11 +26,17 @@ class State:
     step: jax.Array
     """int32: batches seen"""
     extra: dict[str, jax.Array]
-    """`skipped` and `skipped_in_a_row`: int32 counts of updates dropped for a non-finite loss or gradient"""
+    """`skipped` and `skipped_in_a_row`: int32 counts of updates dropped for a non-finite loss or
+    gradient"""
 
     def tree(self) -> dict[str, Any]:
         """The state as nested dicts of arrays by path: the layout of a checkpoint."""
-        fields = {"params": self.params, "frozen": self.frozen, "extra": self.extra, "step": self.step}
+        fields = {
+            "params": self.params,
+            "frozen": self.frozen,
+            "extra": self.extra,
+            "step": self.step,
+        }
         return {**fields, "opt_state": flatten(self.opt_state)}
 
     def filled(self, tree: dict[str, Any]) -> "State":
@@ -42,11 +49,14 @@ def fresh(model: Any, optimizer: optax.GradientTransformation, dtype: Any) -> St
     """The state before the first step, with weights of `dtype`; traceable."""
     params = {path: value.astype(dtype) for path, value in parameters(model).items()}
     zero = jnp.zeros((), jnp.int32)
-    return State(params, {}, optimizer.init(params), zero, {"skipped": zero, "skipped_in_a_row": zero})
+    return State(
+        params, {}, optimizer.init(params), zero, {"skipped": zero, "skipped_in_a_row": zero}
+    )
 
 
 def place(abstract: State, table: Mapping[str, Spec], placement: Placement) -> State:
-    """The sharding of every leaf of a state: a leaf of the optimizer lies like the parameter whose path it bears."""
+    """The sharding of every leaf of a state: a leaf of the optimizer lies like the parameter whose
+    path it bears."""
     known = shardings(table, placement)
     whole = replicated(placement)
 
@@ -58,7 +68,9 @@ def place(abstract: State, table: Mapping[str, Spec], placement: Placement) -> S
     return jax.tree_util.tree_map_with_path(of, abstract)
 
 
-def build(make: Callable[[], State], table: Mapping[str, Spec], placement: Placement) -> tuple[State, State]:
+def build(
+    make: Callable[[], State], table: Mapping[str, Spec], placement: Placement
+) -> tuple[State, State]:
     """The state that `make` traces, made where it belongs, and its shardings."""
     where = place(jax.eval_shape(make), table, placement)
     with placed(placement):

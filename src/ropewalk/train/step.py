@@ -1,4 +1,5 @@
-"""One update: gradients of a sum over its weight, accumulated in float32 over micro-batches; dropped whole when not finite."""
+"""One update: gradients of a sum over its weight, accumulated in float32 over micro-batches;
+dropped whole when not finite."""
 
 from collections.abc import Callable
 from typing import Any
@@ -30,12 +31,15 @@ def make_step(
 ) -> Step:
     """The step `(state, batch) -> (state, metrics)`, to be jitted; batch arrays are [b, t].
 
-    `structure` is the abstract model. Weights are cast to `compute` once; a batch is cut into `accumulate` micro-batches whose
-    gradient sums are divided once by the weight of all, so that they give the gradient of one batch. `rate` is the schedule
-    that `optimizer` follows, and is only reported.
+    `structure` is the abstract model. Weights are cast to `compute` once; a batch is cut into
+    `accumulate` micro-batches whose gradient sums are divided once by the weight of all, so that
+    they give the gradient of one batch. `rate` is the schedule that `optimizer` follows, and is
+    only reported.
     """
 
-    def sums(params: dict[str, jax.Array], frozen: dict[str, jax.Array], batch: Batch, key: jax.Array):
+    def sums(
+        params: dict[str, jax.Array], frozen: dict[str, jax.Array], batch: Batch, key: jax.Array
+    ):
         output = loss(with_parameters(structure, params | frozen), batch, key)
         return output.objective.sum, output
 
@@ -59,7 +63,9 @@ def make_step(
             updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
             new = optax.apply_updates(state.params, updates)
             params, opt_state = jax.tree.map(
-                lambda a, b: jnp.where(good, a, b), (new, opt_state), (state.params, state.opt_state)
+                lambda a, b: jnp.where(good, a, b),
+                (new, opt_state),
+                (state.params, state.opt_state),
             )
             bad = (~finite).astype(jnp.int32)
             extra = {
@@ -79,16 +85,23 @@ def _cast(params: dict[str, jax.Array], dtype: Any) -> dict[str, jax.Array]:
 
 
 def _cut(batch: Batch, parts: int) -> Batch:
-    """[b, t] -> [parts, b / parts, t]; part i takes every parts-th row, so that each stays spread over all devices."""
-    return {name: jnp.swapaxes(a.reshape(-1, parts, *a.shape[1:]), 0, 1) for name, a in batch.items()}
+    """[b, t] -> [parts, b / parts, t]; part i takes every parts-th row, so that each stays spread
+    over all devices."""
+    return {
+        name: jnp.swapaxes(a.reshape(-1, parts, *a.shape[1:]), 0, 1) for name, a in batch.items()
+    }
 
 
 def _accumulated(gradient, params, frozen, batches, key):
     def body(total, part):
         index, batch = part
-        return jax.tree.map(jnp.add, total, gradient(params, frozen, batch, jax.random.fold_in(key, index))), None
+        return jax.tree.map(
+            jnp.add, total, gradient(params, frozen, batch, jax.random.fold_in(key, index))
+        ), None
 
     parts = jax.tree.leaves(batches)[0].shape[0]
     one = jax.tree.map(lambda a: a[0], batches)
-    start = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(gradient, params, frozen, one, key))
+    start = jax.tree.map(
+        lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(gradient, params, frozen, one, key)
+    )
     return jax.lax.scan(body, start, (jnp.arange(parts), batches))[0]

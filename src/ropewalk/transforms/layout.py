@@ -1,4 +1,5 @@
-"""The layout of a run: mesh, rules, how the stack is run and what it keeps. The only code that sets these on a model."""
+"""The layout of a run: mesh, rules, how the stack is run and what it keeps. The only code that sets
+these on a model."""
 
 from typing import Any, Literal
 
@@ -17,7 +18,8 @@ from ropewalk.parallel.rules import RULES
 
 
 class Layout(Config):
-    """How a model lies on devices and runs there; a bare string names the rules. None of it changes the mathematics."""
+    """How a model lies on devices and runs there; a bare string names the rules. None of it changes
+    the mathematics."""
 
     rules: Literal["fsdp", "tensor", "fsdp_tensor"] = "fsdp"
     """the table that spreads parameters and activations over the mesh"""
@@ -35,7 +37,8 @@ class Layout(Config):
         return {"rules": values} if isinstance(values, str) else values
 
     def place(self) -> Placement:
-        """The mesh over all devices, with the rules. Raises LayoutError when it does not fit them."""
+        """The mesh over all devices, with the rules. Raises LayoutError when it does not fit
+        them."""
         sizes = self.mesh or mesh.default_sizes(self.rules, jax.device_count())
         return Placement(mesh.build(sizes), RULES[self.rules])
 
