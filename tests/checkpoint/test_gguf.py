@@ -291,9 +291,12 @@ def test_rope_scaling_of_the_file(tmp_path: Path) -> None:
     assert gguf.read(linear).config["rope_scaling"] == {"rope_type": "linear", "factor": 4.0}
     old = write(path, base, block_count=1, rope__scale_linear=2.0)
     assert gguf.read(old).config["rope_scaling"] == {"rope_type": "linear", "factor": 2.0}
-    strange = base | {gguf.ROPE_FREQS: frequencies(32.0) + 0.5}
-    with pytest.raises(ModelError, match=r"`rope_freqs.weight` \[8\] does not follow the rule"):
-        gguf.read(write(path, strange, block_count=1))
+    for strange in (frequencies(32.0) + 0.5, frequencies(np.inf), np.ones(3, np.float32)):
+        write(path, base | {gguf.ROPE_FREQS: strange}, block_count=1)
+        with pytest.raises(
+            ModelError, match=r"`rope_freqs.weight` \[\d\] does not follow the rule"
+        ):
+            gguf.read(path)
 
 
 METADATA = {
@@ -302,6 +305,7 @@ METADATA = {
     "more layers than tensors": ({"block_count": 2**32 - 1}, "4294967295 layers .* 1 tensors"),
     "text for a number": ({"embedding_length": "x"}, "`llama.embedding_length` is 'x'"),
     "no epsilon": ({"attention__layer_norm_rms_epsilon": 0.0}, "is 0.0, expected a number > 0"),
+    "theta beyond float32": ({"rope__freq_base": float("inf")}, "is inf, expected a number > 0"),
     "theta not a number": ({"rope__freq_base": float("nan")}, "is nan, expected a number > 0"),
     "odd heads": ({"attention__key_length": 15}, "heads have size 15"),
     "partial rotary": ({"rope__dimension_count": 8}, "`llama.rope.dimension_count` is 8.* size 16"),

@@ -16,7 +16,7 @@ BYTE = load("byte")
 
 
 def words(seed: int, count: int) -> str:
-    """`count` made-up words in lines; every word names its document and place, so none is like another."""
+    """`count` made-up words in lines; a word names its document and place, so no two are alike."""
     random = np.random.default_rng(seed)
     lines, line = [], ""
     for i in range(count):
@@ -59,7 +59,7 @@ def equal(one: Batch, other: Batch) -> bool:
 
 
 def segments(batches: Iterable[Batch]) -> list[tuple[str, list[int], list[int]]]:
-    """Every segment as (document, tokens, targets), read from the arrays alone but for the names."""
+    """Every segment as (document, tokens, targets), read from the arrays but for its name."""
     found = []
     for batch in batches:
         arrays = batch.arrays

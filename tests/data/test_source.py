@@ -29,7 +29,7 @@ def test_two_works_are_held_out() -> None:
 def test_an_unknown_corpus_names_the_nearest() -> None:
     with pytest.raises(DataError, match="did you mean `shakespeare`"):
         source.resolve("bundled:shakspeare")
-    with pytest.raises(DataError, match="there is .*shakespeare"):
+    with pytest.raises(DataError, match=r"there is .*shakespeare"):
         source.resolve("bundled:x")
 
 

@@ -32,7 +32,7 @@ def test_special_ids_come_last_and_the_size_is_as_asked() -> None:
 
 
 def test_too_small_a_vocabulary_and_no_text_are_refused() -> None:
-    with pytest.raises(DataError, match="vocab_size 258 is too small.*259"):
+    with pytest.raises(DataError, match=r"vocab_size 258 is too small.*259"):
         bpe.train(TEXTS, 258)
     with pytest.raises(DataError, match="no text"):
         bpe.train(["", ""], 300)

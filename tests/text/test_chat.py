@@ -40,7 +40,8 @@ def test_template_tokens_become_special_ids_once() -> None:
 def test_functions_that_templates_expect() -> None:
     template = (
         "{{ tools | tojson }}|{{ strftime_now('%Y') | length }}|"
-        "{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}{% break %}{% endfor %}"
+        "{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}"
+        "{% break %}{% endfor %}"
     )
     messages = [{"role": "user", "content": "one"}, {"role": "user", "content": "two"}]
     text = chat.render(with_template(template), messages, tools=[{"name": "<é'&>"}])

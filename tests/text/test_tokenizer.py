@@ -184,7 +184,7 @@ def test_what_cannot_be_read_is_refused(tmp_path: Path, kinds: dict[str, Tokeniz
         tokenizers.load(tmp_path / "pipe.json")
     kinds["bpe"].save(tmp_path)
     (tmp_path / "tokenizer_config.json").write_text('{"bos_token": "<s>"}')
-    with pytest.raises(DataError, match="'<s>'.*not in the vocabulary"):
+    with pytest.raises(DataError, match=r"'<s>'.*not in the vocabulary"):
         tokenizers.load(tmp_path)
     with pytest.raises(DataError, match="token id 300 lies outside"):
         kinds["bpe"].decode([300])
@@ -294,7 +294,7 @@ def test_sentencepiece_parts_give_the_model_back(kinds: dict[str, Tokenizer]) ->
 
 def test_parts_that_do_not_fit_are_refused() -> None:
     roles = tokenizers.Roles()
-    with pytest.raises(DataError, match="pre-tokenizer `klingon`.*smollm"):
+    with pytest.raises(DataError, match=r"pre-tokenizer `klingon`.*smollm"):
         parts.build(parts.Parts("gpt2", ["a"], pre="klingon"), roles)
     with pytest.raises(DataError, match="model `bert`"):
         parts.build(parts.Parts("bert", ["a"]), roles)

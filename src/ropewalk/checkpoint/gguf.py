@@ -20,6 +20,8 @@ from ropewalk.core.weights import Rule
 SUPPORTED = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q4_K", "Q6_K")
 ROPE_FREQS = "rope_freqs.weight"
 
+_MAX = float(np.finfo(np.float32).max)
+
 # Our name of a tokenizer part -> its key in the file. `kind` is gpt2 (byte-level BPE) or llama
 # (sentencepiece) among others; `token_types` are ggml's (1 normal, 3 control ...).
 TOKENIZER_PARTS = {
@@ -52,9 +54,10 @@ class File:
         self.path = Path(path)
         real = regular_file(self.path, self.path.parent)
         try:
-            gguf = _BoundedReader(real)
+            with np.errstate(over="raise"):  # offsets near 2**64
+                gguf = _BoundedReader(real)
             self.metadata = {name: field.contents() for name, field in gguf.fields.items()}
-        except (ValueError, IndexError, KeyError, TypeError, OverflowError, OSError) as error:
+        except (ValueError, LookupError, TypeError, ArithmeticError, OSError) as error:
             raise ModelError(
                 f"{path}: not a sound GGUF file of {real.stat().st_size} bytes: {error}; "
                 "download it again"
@@ -126,7 +129,7 @@ class File:
 
     def _real(self, key: str, default: float | None = None) -> float:
         value = self._key(key, default)
-        if not isinstance(value, int | float) or not 0 < value < np.inf:
+        if not isinstance(value, int | float) or not 0 < value < _MAX:
             raise ModelError(
                 f"{self.path}: metadata key `{self._name(key)}` is {value!r:.80}, expected a "
                 "number > 0"
@@ -203,8 +206,10 @@ class File:
         factor = _decimal(found.max(initial=1.0))
         turns = original / (2 * np.pi * theta ** (np.arange(0, head_dim, 2) / head_dim))
         smooth = np.clip((turns - low) / (high - low), 0, 1)
-        wanted = 1 / ((1 - smooth) / factor + smooth)
-        if found.shape != wanted.shape or not np.allclose(found, wanted, rtol=1e-4):
+        with np.errstate(divide="ignore"):  # an infinite factor, which is refused below
+            wanted = 1 / ((1 - smooth) / factor + smooth)
+        same = found.shape == wanted.shape and np.allclose(found, wanted, rtol=1e-4)
+        if not same or not np.isfinite(factor):
             raise ModelError(
                 f"{self.path}: `{ROPE_FREQS}` {list(found.shape)} does not follow the rule for "
                 f"factor {factor}, low 1, high 4, original context {original}, which alone is "

@@ -9,6 +9,8 @@ import jax
 from ropewalk.core.log import log
 from ropewalk.core.storage import private_dir
 
+_MOST_BYTES = 4 << 30
+
 
 def programs_directory() -> Path:
     """Where compiled programs are kept: JAX_COMPILATION_CACHE_DIR, or the user's cache."""
@@ -32,3 +34,5 @@ def keep_programs() -> None:
         return
     jax.config.update("jax_compilation_cache_dir", str(directory))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+    # A bound makes JAX lock the directory, without which a killed writer leaves a broken entry.
+    jax.config.update("jax_compilation_cache_max_size", _MOST_BYTES)

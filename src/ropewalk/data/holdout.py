@@ -1,4 +1,5 @@
-"""Evaluation data: finite, in order, every token once, the same on any number of processes."""
+"""Evaluation data: finite, never shuffled, every token once, the same on any number
+of processes."""
 
 import difflib
 from collections.abc import Iterator

@@ -282,7 +282,10 @@ def _plan(config: Config, records: Sequence[Records]) -> Plan:
             dataset = dataset.shuffle(seed=(config.seed * 2654435761 + number * 40503) % 2**32)
         ordered.append(dataset.repeat(config.epochs))
     # `weight` is a share of bytes; grain deals out records
-    rates = [w.weight * len(r) / r.bytes for w, r in zip(config.sources, records, strict=True)]
+    rates = [1.0]
+    if len(records) > 1:
+        entries = zip(config.sources, records, strict=True)
+        rates = [entry.weight / record.typical_bytes() for entry, record in entries]
     stream = ordered[0] if len(ordered) == 1 else grain.MapDataset.mix(ordered, rates)
     sizes = [len(entry) * sum(rates) / rate for entry, rate in zip(records, rates, strict=True)]
 

@@ -15,6 +15,7 @@ from ropewalk.data.source import Synthetic
 from ropewalk.text.tokenizer import Tokenizer
 
 _WINDOW = 256  # bytes searched for a good place to cut
+_SAMPLE = 256  # documents read to estimate the text in a source
 _TAIL = 64  # bytes read to know the token before a span
 _LINE_END = re.compile(rb"\n(?![\r\n])")
 _BLANK = re.compile(rb"\S(?=\s)")
@@ -35,9 +36,13 @@ class Record:
 
 
 class Records(Protocol):
-    """A source as numbered records; `bytes` is the size of all of them together."""
+    """A source as numbered records; `bytes` is the size of all of them together, at most."""
 
     bytes: int
+
+    def typical_bytes(self) -> float:
+        """About how many bytes of text a record holds on average."""
+        ...
 
     def __len__(self) -> int: ...
 
@@ -83,6 +88,13 @@ class TextRecords(Records):
 
     def __len__(self) -> int:
         return int(self._first[-1])
+
+    def typical_bytes(self) -> float:
+        """See `Records`; some documents, evenly spaced, tell how much of the file is text."""
+        some = self._keep[:: max(len(self._keep) // _SAMPLE, 1)]
+        lengths = sum(self._documents.length(int(i)) for i in some)
+        share = lengths / max(int(self._documents.bounds[some].sum()), 1)
+        return max(share * self.bytes / len(self), 1.0)
 
     def __getitem__(self, index: int) -> Record:
         which = int(np.searchsorted(self._first, index, side="right")) - 1
@@ -145,6 +157,10 @@ class SyntheticRecords(Records):
 
     def __len__(self) -> int:
         return self._config.documents
+
+    def typical_bytes(self) -> float:
+        """See `Records`; a token counts as a byte."""
+        return float(self._config.length)
 
     def __getitem__(self, index: int) -> Record:
         random = np.random.Generator(np.random.Philox(key=[self._seed, index + 1]))

@@ -1,0 +1,289 @@
+"""What every family gets for nothing. No test here knows a family; a new file in `models` is found.
+
+Float32 tolerances are a few units of rounding of values near 1 to 10; what is looser says why.
+"""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from ropewalk import models
+from ropewalk.checkpoint import hf, weights
+from ropewalk.core.weights import expand
+from ropewalk.core.paths import flatten
+from ropewalk.layers.decode import Decoder, Sampling
+from ropewalk.layers.lm import parameters, table, with_parameters
+from ropewalk.losses.next_token import NextToken
+from ropewalk.optim.optimizer import Optimizer
+from ropewalk.parallel import mesh
+from ropewalk.parallel.axes import PARAMETER_AXES, Placement
+from ropewalk.parallel.rules import RULES
+from ropewalk.train import state as states
+from ropewalk.train.step import make_step
+from tests.families.tiny import (
+    BATCH,
+    CASES,
+    LENGTH,
+    batch,
+    counted,
+    forward,
+    gradient,
+    tiny,
+    tokens,
+)
+
+case = pytest.mark.parametrize(("name", "variant"), CASES)
+family = pytest.mark.parametrize("name", models.families())
+CLOSE = {"rtol": 1e-5, "atol": 2e-5}
+
+
+@case
+def test_gradients_are_finite_and_agree_with_differences(name, variant):
+    loss, grads = gradient(name, variant)
+    assert np.isfinite(loss)
+    for path, grad in grads.items():
+        assert np.all(np.isfinite(grad)), path
+        assert np.any(grad != 0), f"{path} has no influence"
+    it = tiny(name, variant)
+    norm = float(jnp.sqrt(sum(jnp.sum(g * g) for g in grads.values())))
+    step = 0.01 / norm
+    evaluate = jax.jit(it.loss)
+    ends = [
+        float(evaluate({path: it.params[path] + s * g for path, g in grads.items()}, batch()))
+        for s in (step, -step)
+    ]
+    # Differences of two float32 losses near 10 that lie 0.1 apart, and a curved path between.
+    assert (ends[0] - ends[1]) / (2 * step) == pytest.approx(norm**2, rel=1e-2)
+
+
+@case
+def test_prefill_and_decode_equal_the_full_forward(name, variant):
+    it, prompt = tiny(name, variant), 9
+    ids = tokens()
+    positions, segments = counted()
+    full = forward(name, variant)(ids, positions, segments)
+    run = jax.jit(lambda params, cache, *inputs: it.model(params)(*inputs, cache=cache)[:2])
+    cache = it.model().init_cache(BATCH, LENGTH, jnp.float32)
+    logits, cache = run(it.params, cache, *(a[:, :prompt] for a in (ids, positions, segments)))
+    stepwise = [logits]
+    for t in range(prompt, LENGTH):
+        logits, cache = run(it.params, cache, *(a[:, t : t + 1] for a in (ids, positions, segments)))
+        stepwise.append(logits)
+    np.testing.assert_allclose(np.concatenate(stepwise, axis=1), full, **CLOSE)
+
+
+@family
+def test_greedy_tokens_equal_those_of_full_forwards(name):
+    it, new = tiny(name), 8
+    prompts = [tokens(row, (length,)).tolist() for row, length in enumerate((3, 16, 7, 11))]
+    written = list(Decoder(it.model()).stream(prompts, Sampling(max_new_tokens=new)))
+    rows = [list(prompt) for prompt in prompts]
+    scores = [[] for _ in prompts]
+    positions, _ = counted()
+    for _ in range(new):  # without cache: everything again for every token
+        ids, segments = np.zeros((2, BATCH, LENGTH), np.int32)
+        for row, prompt in enumerate(rows):
+            ids[row, : len(prompt)] = prompt
+            segments[row, : len(prompt)] = 1
+        logits = jax.nn.log_softmax(forward(name, "plain")(ids, positions, segments))
+        for row, prompt in enumerate(rows):
+            last = logits[row, len(prompt) - 1]
+            prompt.append(int(np.argmax(last)))
+            scores[row].append(float(np.max(last)))
+    for row, prompt in enumerate(prompts):
+        mine = [emitted for emitted in written if emitted.row == row]
+        assert [emitted.token for emitted in mine] == rows[row][len(prompt) :]
+        np.testing.assert_allclose([emitted.logprob for emitted in mine], scores[row], **CLOSE)
+
+
+@case
+def test_a_packed_row_equals_its_sequences_apart(name, variant):
+    ids, lengths = tokens(4), (7, 9, 8)
+    starts = np.cumsum((0, *lengths))
+    positions = np.concatenate([np.arange(n) for n in lengths])
+    segments = np.repeat((1, 2, 3), lengths)
+    shape = (BATCH, 1)
+    packed = forward(name, variant)(ids, np.tile(positions, shape), np.tile(segments, shape))
+    for first, length in zip(starts[:-1], lengths, strict=True):
+        alone, apart = np.zeros((2, BATCH, LENGTH), np.int32)
+        alone[:, :length] = ids[:, first : first + length]
+        apart[:, :length] = 1
+        logits = forward(name, variant)(alone, counted()[0], apart)
+        np.testing.assert_allclose(
+            packed[:, first : first + length], logits[:, :length], **CLOSE
+        )
+
+
+@case
+def test_padding_on_either_side_changes_nothing(name, variant):
+    length = 15
+    ids, (positions, segments) = tokens(5), counted()
+    bare = forward(name, variant)(ids, positions, segments)[:, :length]
+    for first in (0, LENGTH - length):
+        padded, place, real = np.zeros((3, BATCH, LENGTH), np.int32)
+        padded[:] = tokens(6)  # what stands in the padding must not matter
+        span = slice(first, first + length)
+        padded[:, span], place[:, span], real[:, span] = ids[:, :length], np.arange(length), 1
+        logits = forward(name, variant)(padded, place, real)
+        np.testing.assert_allclose(logits[:, span], bare, **CLOSE)
+        assert np.all(np.isfinite(logits))
+
+
+@family
+def test_left_padding_is_not_stored_in_a_cache(name):
+    it, length, pad = tiny(name), 6, 3
+    ids, (positions, segments) = tokens(7), counted()
+    full = forward(name, "plain")(ids, positions, segments)
+    run = jax.jit(lambda params, cache, *inputs: it.model(params)(*inputs, cache=cache)[:2])
+    shape = (BATCH, length + pad)
+    padded, place, real = np.zeros((3, *shape), np.int32)
+    padded[:, pad:], place[:, pad:], real[:, pad:] = ids[:, :length], np.arange(length), 1
+    cache = it.model().init_cache(BATCH, LENGTH, jnp.float32)
+    logits, cache = run(it.params, cache, padded, place, real)
+    np.testing.assert_allclose(logits[:, pad:], full[:, :length], **CLOSE)
+    step = slice(length, length + 1)
+    logits, _ = run(it.params, cache, ids[:, step], positions[:, step], segments[:, step])
+    np.testing.assert_allclose(logits, full[:, step], **CLOSE)
+
+
+@case
+def test_unroll_equals_scan(name, variant):
+    _same_gradient(gradient(name, variant), gradient(name, variant, "unroll"))
+
+
+@family
+@pytest.mark.parametrize("run", ["scan", "unroll"])
+@pytest.mark.parametrize("remat", ["full", "dots", "dots_no_batch"])
+def test_remat_changes_no_gradient(name, run, remat):
+    _same_gradient(gradient(name, "plain"), gradient(name, "plain", run, remat))
+
+
+def _same_gradient(expected, found):
+    np.testing.assert_allclose(found[0], expected[0], rtol=1e-6)
+    for path, grad in expected[1].items():
+        np.testing.assert_allclose(found[1][path], grad, rtol=1e-4, atol=1e-6, err_msg=path)
+
+
+@family
+def test_eight_devices_take_the_step_of_one(name):
+    one = _step(name, "fsdp", jax.devices()[:1])
+    for rules in RULES:
+        eight = _step(name, rules, jax.devices())
+        spread = [path for path, a in eight[0].params.items() if not a.sharding.is_fully_replicated]
+        assert spread, rules
+        for metric in ("loss", "accuracy"):
+            np.testing.assert_allclose(eight[1][metric], one[1][metric], rtol=1e-6)
+        np.testing.assert_allclose(eight[1]["grad_norm"], one[1]["grad_norm"], rtol=1e-5)
+        places = jax.tree_util.tree_leaves_with_path((one[0].params, one[0].opt_state))
+        for (path, mine), theirs in zip(
+            places, jax.tree.leaves((eight[0].params, eight[0].opt_state)), strict=True
+        ):
+            np.testing.assert_allclose(
+                theirs, mine, rtol=1e-4, atol=1e-7, err_msg=f"{rules} {path}"
+            )
+
+
+def _step(name, rules, devices):
+    """State and metrics after one step; Adam's first moment in the state is the gradient."""
+    it = tiny(name)
+    placement = Placement(mesh.build(mesh.default_sizes(rules, len(devices)), devices), RULES[rules])
+    # A large epsilon: what divides by less turns the rounding of a zero gradient into a step.
+    optimizer = Optimizer(epsilon=1e-3)
+    chain = optimizer.build(10, it.table)
+    state, where = states.build(
+        lambda: states.fresh(it.model(), chain, jnp.float32), it.table, placement
+    )
+    step = make_step(
+        it.structure,
+        NextToken(),
+        chain,
+        placement,
+        rate=optimizer.schedule.build(1e-3, 10),
+        compute=jnp.float32,
+        accumulate=1,
+        seed=0,
+    )
+    return jax.jit(step, out_shardings=(where, None))(state, batch())
+
+
+@case
+def test_weights_cover_every_parameter_and_come_back(name, variant, tmp_path):
+    it = tiny(name, variant)
+    tensors = weights.export(it.params, it.family.WEIGHTS, it.table)
+    assert len(tensors) == len({tensor.name for tensor in tensors})
+    assert sum(np.prod(tensor.shape) for tensor in tensors) == sum(p.size for p in it.params.values())
+    hf.write(tmp_path / "model", it.config.to_hf(), tensors)
+    found = hf.read(tmp_path / "model")
+    assert models.from_hf(found.config, "config.json") == (it.family, it.config)
+    back = weights.load_into(found.reader, it.family.WEIGHTS, it.table)
+    for path, value in it.params.items():
+        np.testing.assert_array_equal(back[path], value, err_msg=path)
+
+
+@case
+def test_every_layer_of_the_stack_is_numbered_in_order(name, variant):
+    it = tiny(name, variant)
+    entries = expand(it.family.WEIGHTS, it.table)
+    for entry in entries:
+        layer = re.search(r"\.layers\.(\d+)\.", entry.source)
+        if layer is None:
+            continue
+        inner = entry.path.split(".", 4)[4]
+        mine = flatten(it.model().layers.layer(int(layer[1])))[inner]
+        np.testing.assert_array_equal(mine, it.params[entry.path][entry.index])
+
+
+@case
+def test_every_parameter_has_known_axes(name, variant):
+    for path, spec in tiny(name, variant).table.items():
+        assert set(spec.axes) <= set(PARAMETER_AXES), path
+        assert len(spec.axes) == len(spec.shape) == len(set(spec.axes)), path
+
+
+@family
+def test_bfloat16_stays_near_float32(name):
+    it, ids = tiny(name), tokens(8)
+    exact = forward(name, "plain")(ids, *counted())
+    narrow = {path: value.astype(jnp.bfloat16) for path, value in it.params.items()}
+    logits = jax.jit(lambda params: it.model(params)(ids)[0])(narrow)
+    assert logits.dtype == jnp.float32
+    # 8 bits a number (2^-9 = 0.2 %), and an error of its own from each of some twenty products.
+    error = np.sqrt(np.mean((np.asarray(logits) - exact) ** 2)) / exact.std()
+    assert error < 0.03
+
+
+@family
+def test_flops_lie_just_below_what_xla_counts(name):
+    """XLA counts both halves of the causal scores, and every norm, rotation and softmax."""
+    it = tiny(name)
+    config = it.config.model_copy(update={"hidden_size": 128, "intermediate_size": 512})
+    length = 64
+    abstract = jax.eval_shape(lambda: it.family.Model(config, rngs=nnx.Rngs(0)))
+    abstract.layers.run = "unroll"  # a loop's body is counted once
+
+    def run(params, ids):
+        return with_parameters(abstract, params)(ids)[0]
+
+    ids = jax.ShapeDtypeStruct((2, length), jnp.int32)
+    counted = jax.jit(run).lower(parameters(abstract), ids).cost_analysis()
+    ratio = abstract.flops(2 * length, length) / counted["flops"]
+    assert 0.8 < ratio < 1.0
+
+
+def _size(name):
+    number, unit = re.search(r"-([\d.]+)([bm])$", name).groups()
+    return float(number) * {"b": 1e9, "m": 1e6}[unit]
+
+
+@pytest.mark.parametrize("preset", models.presets())
+def test_a_preset_is_as_large_as_its_name_says(preset):
+    module, config = models.presets()[preset]
+    model = jax.eval_shape(lambda: module.Model(config, rngs=nnx.Rngs(0)))
+    count = sum(np.prod(spec.shape, dtype=float) for spec in table(model).values())
+    # Names round: "0.6b" is 596 million, "1b" of the same series 1236.
+    assert count == pytest.approx(_size(preset), rel=0.25)
+    assert models.from_hf(config.to_hf(), preset) == (module, config)

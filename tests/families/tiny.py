@@ -1,0 +1,126 @@
+"""A tiny model of any family, made from its `Config` alone, and the programs the suite shares.
+
+Weights are far from their start: near it the logits are flat and a mistake would hide in rounding.
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from ropewalk import models
+from ropewalk.core.paths import Spec
+from ropewalk.layers.lm import parameters, table, with_parameters
+from ropewalk.losses.next_token import NextToken
+from ropewalk.parallel.axes import kind
+
+# Divides over eight devices under every rule table; two queries share a key.
+SIZES = {
+    "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3,
+    "num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 4,
+    "max_position_embeddings": 64,
+}  # fmt: skip
+# `plain`: every boolean of the config false; `options`: every one true (biases, a tied head).
+CASES = [(name, variant) for name in models.families() for variant in ("plain", "options")]
+BATCH, LENGTH = 4, 24
+Arrays = dict[str, jax.Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class Tiny:
+    """A tiny model: its module's structure, its parameters, and their table."""
+
+    family: Any
+    config: Any
+    structure: Any
+    params: Arrays
+    table: dict[str, Spec]
+
+    def model(self, params: Arrays | None = None) -> Any:
+        """The module; traceable in the parameters."""
+        return with_parameters(self.structure, self.params if params is None else params)
+
+    def running(self, run: str, remat: str) -> "Tiny":
+        """The same weights run another way."""
+        structure = self.model(self.table)  # a copy of the module: nothing else is shared
+        structure.layers.run, structure.layers.remat = run, remat
+        return dataclasses.replace(self, structure=structure)
+
+    def loss(self, params: Arrays, batch: Arrays) -> jax.Array:
+        """Mean nats a token."""
+        objective = NextToken()(self.model(params), batch, jax.random.key(0)).objective
+        return objective.sum / objective.weight
+
+
+@functools.cache
+def tiny(name: str, variant: str = "plain") -> Tiny:
+    """The tiny model of a family: its smallest preset with SIZES and all booleans set."""
+    family = models.family(name)
+    preset = min(family.PRESETS.values(), key=lambda config: config.hidden_size)
+    fields = family.Config.model_fields
+    flags = {key: variant == "options" for key, f in fields.items() if f.annotation is bool}
+    sizes = {key: value for key, value in SIZES.items() if key in fields}
+    config = family.Config.parse({**preset.model_dump(), **sizes, **flags})
+
+    def make() -> Any:
+        return family.Model(config, rngs=nnx.Rngs(0))
+
+    structure = jax.eval_shape(make)
+    specs = table(structure)
+    start = jax.jit(lambda: parameters(make()))()
+    return Tiny(family, config, structure, moved(start, specs), specs)
+
+
+def moved(start: Arrays, specs: dict[str, Spec]) -> Arrays:
+    """Parameters away from their start, by noise of a size that makes the logits sharp."""
+    rng = np.random.default_rng(1)
+    size = {"matrix": 0.2, "embedding": 0.4, "vector": 0.3}
+    return {
+        path: start[path] + size[kind(spec)] * rng.standard_normal(spec.shape, np.float32)
+        for path, spec in specs.items()
+    }
+
+
+@functools.cache
+def forward(name: str, variant: str) -> Any:
+    """The compiled (tokens, positions, segment_ids) -> logits of [BATCH, LENGTH], without cache."""
+    it = tiny(name, variant)
+    run = jax.jit(lambda params, *inputs: it.model(params)(*inputs)[0])
+    return lambda *inputs: np.asarray(run(it.params, *(jnp.asarray(i, jnp.int32) for i in inputs)))
+
+
+@functools.cache
+def gradient(name: str, variant: str, run: str = "scan", remat: str = "none") -> Any:
+    """Loss and gradients of `batch()`, with the stack run this way."""
+    it = tiny(name, variant).running(run, remat)
+    return jax.jit(jax.value_and_grad(it.loss))(it.params, batch())
+
+
+def tokens(seed: int = 0, shape: tuple[int, ...] = (BATCH, LENGTH)) -> np.ndarray:
+    """Token ids, int32."""
+    high = SIZES["vocab_size"]
+    return np.random.default_rng(seed).integers(0, high, shape).astype(np.int32)
+
+
+def counted(shape: tuple[int, int] = (BATCH, LENGTH)) -> tuple[np.ndarray, np.ndarray]:
+    """Positions from 0 and one segment."""
+    return np.broadcast_to(np.arange(shape[1], dtype=np.int32), shape), np.ones(shape, np.int32)
+
+
+def batch(rows: int = 8, length: int = 16) -> Arrays:
+    """A training batch: two segments a row, then padding that weighs nothing."""
+    shape = (rows, length)
+    segments = np.repeat(np.array([[1] * 6 + [2] * 7 + [0] * (length - 13)], np.int32), rows, 0)
+    positions = np.repeat(np.array([[*range(6), *range(7), *[0] * (length - 13)]]), rows, 0)
+    weights = np.where(segments > 0, np.random.default_rng(3).choice([0.0, 0.5, 1.0], shape), 0.0)
+    return {
+        "tokens": jnp.asarray(tokens(1, shape)),
+        "targets": jnp.asarray(tokens(2, shape)),
+        "positions": jnp.asarray(positions, jnp.int32),
+        "segment_ids": jnp.asarray(segments),
+        "weights": jnp.asarray(weights, jnp.float32),
+    }
