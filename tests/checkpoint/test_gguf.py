@@ -1,5 +1,6 @@
 """GGUF files written by the gguf package's writer, and blocks decoded by the letter of ggml's C."""
 
+import dataclasses
 import struct
 from collections.abc import Mapping
 from pathlib import Path
@@ -125,6 +126,15 @@ def test_a_file_gives_the_parameters_it_was_made_from(
         "tie_word_embeddings": tied,
         "eos_token_id": 2,
     } | ({"attention_bias": True} if biased else {})
+
+
+def test_rows_stay_where_the_rule_names_no_pairs(model: Path) -> None:
+    plain = [dataclasses.replace(rule, gguf="") for rule in RULES]
+    name, file = "model.layers.1.self_attn.q_proj.weight", gguf.read(model)
+    rows, raw = file.reader(RULES).read(name), file.reader(plain).read(name)
+    np.testing.assert_array_equal(raw, file.dequantized("blk.1.attn_q.weight"))
+    np.testing.assert_array_equal(raw, interleaved(rows, N))
+    assert not np.array_equal(raw, rows)
 
 
 def test_tokenizer_parts(model: Path) -> None:

@@ -15,7 +15,7 @@ Train = Callable[[], Command]
 
 @pytest.fixture
 def run(home: Path, request: pytest.FixtureRequest) -> Path:
-    return home / request.node.name
+    return home / request.node.name.translate(dict.fromkeys(map(ord, "[]*/"), "-"))
 
 
 @pytest.fixture

@@ -176,8 +176,9 @@ class File:
         }
         if scaling := self._rope_scaling(head_dim, config["rope_theta"]):
             config["rope_scaling"] = scaling
-        if "blk.0.attn_q.bias" in self.tensors:
-            config["attention_bias"] = True
+        for key, tensor in (("attention_bias", "attn_q"), ("mlp_bias", "ffn_gate")):
+            if f"blk.0.{tensor}.bias" in self.tensors:
+                config[key] = True
         ids = {"bos_token_id": Keys.Tokenizer.BOS_ID, "eos_token_id": Keys.Tokenizer.EOS_ID}
         return config | {
             name: self.metadata[key] for name, key in ids.items() if key in self.metadata

@@ -127,14 +127,14 @@ class _Loop:
                 waiting = (self.at, metrics)
                 stop = asked(self.at)
                 if stop or self._due():
-                    self._pause(*waiting, last=bool(stop))
+                    self._pause(*waiting)
                     waiting = None
+                if self._done():
+                    break
                 if stop:
                     self._save(wait=True)
                     self.out.event(self.at, "stopped", signal=signal.Signals(stop).name)
                     return self._result("stopped", None, stop)
-                if self._done():
-                    break
         return self._finish("finished" if self.at >= steps else "target")
 
     def _next_batch(self) -> Batch:
@@ -158,22 +158,18 @@ class _Loop:
         reached = target is not None and self.evaluation.get("eval_loss", float("inf")) <= target
         return self.at >= self.settings.steps or reached
 
-    def _pause(self, at: int, metrics: dict[str, Any], last: bool) -> None:
+    def _pause(self, at: int, metrics: dict[str, Any]) -> None:
         """Evaluation, samples and a checkpoint where they are due; then the numbers of this step
         with all of it."""
         every, final = self.settings.evaluate.every, at >= self.settings.steps
         numbers = self._numbers(at, metrics)
-        if not last and self.evaluator and (final or (every and at % every == 0)):
+        if self.evaluator and (final or (every and at % every == 0)):
             begun = time.monotonic()
             self.evaluation = self.evaluator(self.state.params, self.built.place)
             self.meter.aside("evaluation", time.monotonic() - begun)
             numbers |= self.evaluation
         self.out.write(at, numbers)
-        if (
-            not last
-            and self.settings.samples.every
-            and (final or at % self.settings.samples.every == 0)
-        ):
+        if self.settings.samples.every and (final or at % self.settings.samples.every == 0):
             self._samples()
         if at % self.settings.checkpoint.every == 0 or self._done():
             self._save()

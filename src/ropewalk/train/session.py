@@ -2,6 +2,7 @@
 use."""
 
 import contextlib
+import glob
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -45,11 +46,7 @@ def first_state(
         abstract,
         where,
     )
-    latest = manager.latest()
-    if latest is not None:
-        _same_recipe(
-            read_manifest(built.directory / pretrained.CHECKPOINTS / str(latest)).recipe, built
-        )
+    _same_recipe(built, manager)
     restored = manager.restore(described.tree())
     if restored is None:
         return _begin(built, where), where, None, {}
@@ -58,6 +55,11 @@ def first_state(
 
 def check_directory(directory: Path) -> None:
     """Raises ConfigError unless a run may live there: it is absent, empty, or a run's."""
+    if glob.has_magic(str(directory.absolute())):
+        raise ConfigError(
+            f"directory: {directory.absolute()} has one of `*`, `?`, `[` in it, which the store of "
+            "checkpoints reads as a pattern; choose another"
+        )
     if not directory.is_dir():
         return
     names = {entry.name for entry in directory.iterdir()}
@@ -126,8 +128,17 @@ def _metrics(built: Built, step: int) -> dict[str, float]:
     return read_manifest(built.directory / pretrained.CHECKPOINTS / str(step)).metrics
 
 
-def _same_recipe(saved: dict[str, Any], built: Built) -> None:
-    """Says what differs from the recipe that a checkpoint was made with; refuses what may not."""
+def _same_recipe(built: Built, manager: Manager) -> None:
+    """Says what differs from the recipe of the newest checkpoint; refuses what may not."""
+    home, saved = built.directory / pretrained.CHECKPOINTS, None
+    for step in reversed(manager.steps()):
+        try:
+            saved = read_manifest(home / str(step)).recipe
+            break
+        except CheckpointError:
+            continue  # `restore` passes over it too, and says so
+    if saved is None:
+        return
     old, new = flatten(saved), flatten(built.recipe)
     changed = [key for key in {**old, **new} if old.get(key) != new.get(key) and key != "directory"]
     told = [f"{key} was {old.get(key)}, is {new.get(key)}" for key in changed]

@@ -1,0 +1,107 @@
+"""Logits and greedy continuations equal those of Hugging Face `transformers` (tests/parity)."""
+
+import functools
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+import ropewalk
+from ropewalk import models
+from ropewalk.core.errors import ModelError
+
+GOLDENS = Path(__file__).parents[1] / "parity" / "goldens"
+# What no family here can compute, and the word that the refusal names.
+REFUSED = {
+    "llama-dynamic": "dynamic",
+    "llama-dynamic-long": "dynamic",
+    "qwen3-sliding": "sliding",
+}
+NAMES = [path.name for path in sorted(GOLDENS.iterdir())]
+KEPT = [name for name in NAMES if name not in REFUSED]
+SPELLINGS = ("config.json", "config.other.json")
+
+
+@functools.cache
+def loaded(name):
+    return ropewalk.load(GOLDENS / name, dtype="float32")
+
+
+@functools.cache
+def expected(name):
+    return load_file(GOLDENS / name / "expected.safetensors")
+
+
+def spelt(name, spelling):
+    return json.loads((GOLDENS / name / spelling).read_text())
+
+
+def test_every_family_has_goldens():
+    assert {spelt(name, "config.json")["model_type"] for name in KEPT} == set(models.families())
+
+
+@pytest.mark.parametrize("name", KEPT)
+def test_logits_equal_the_goldens(name):
+    wanted = expected(name)
+    assert wanted["tokens"].shape[1] >= 300
+    logits = loaded(name).logits(wanted["tokens"])[:, wanted["positions"]]
+    # Rounding: float32 against float64 of the reference itself differs by up to 2.3e-5.
+    assert np.abs(logits - wanted["logits"]).max() <= 1e-4
+
+
+@pytest.mark.parametrize("name", KEPT)
+def test_greedy_continuation_equals_the_goldens(name):
+    wanted = expected(name)
+    new = wanted["continuation"].shape[1]
+    written = loaded(name).generate(wanted["tokens"].tolist(), max_new_tokens=new)
+    assert [one.tokens for one in written] == wanted["continuation"].tolist()
+
+
+@pytest.mark.parametrize("name", KEPT)
+def test_both_spellings_are_one_config(name):
+    both = [models.from_hf(spelt(name, spelling), spelling) for spelling in SPELLINGS]
+    assert both[0] == both[1] == (loaded(name).family, loaded(name).config)
+
+
+@pytest.mark.parametrize("name", KEPT)
+def test_the_spelling_we_write_is_read_back(name):
+    config = loaded(name).config
+    assert models.from_hf(json.loads(json.dumps(config.to_hf())), name).config == config
+
+
+@pytest.mark.parametrize("name", ["llama-bfloat16", "qwen3-tied"])
+def test_a_saved_model_has_the_tensors_it_was_read_from(name, tmp_path):
+    model = ropewalk.load(GOLDENS / name)
+    model.save(tmp_path / "out")
+    back = ropewalk.load(tmp_path / "out")
+    assert back.config == model.config
+    for path, value in model.params.items():
+        np.testing.assert_array_equal(back.params[path], value, err_msg=path)
+    files = sorted((GOLDENS / name).glob("model*.safetensors"))
+    theirs = {key: value for file in files for key, value in load_file(file).items()}
+    mine = load_file(tmp_path / "out" / "model.safetensors")
+    assert set(mine) == set(theirs) - {"lm_head.weight"} or set(mine) == set(theirs)
+    for key, value in mine.items():
+        np.testing.assert_array_equal(value, theirs[key], err_msg=key)
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_is_not_supported_is_refused_by_name(name):
+    for spelling in SPELLINGS:
+        with pytest.raises(ModelError, match=REFUSED[name]) as refusal:
+            models.from_hf(spelt(name, spelling), spelling)
+        assert spelling in str(refusal.value)
+    with pytest.raises(ModelError, match=REFUSED[name]):
+        ropewalk.load(GOLDENS / name)
+
+
+@pytest.mark.parametrize("name", ["llama-gqa", "qwen3-gqa"])
+def test_bfloat16_stays_near_the_goldens(name):
+    wanted = expected(name)
+    logits = ropewalk.load(GOLDENS / name, dtype="bfloat16").logits(wanted["tokens"])
+    logits = logits[:, wanted["positions"]]
+    # 8 bits a number (0.2 % a rounding), through some thirty products with weights that are sharp.
+    error = np.sqrt(np.mean((logits - wanted["logits"]) ** 2)) / wanted["logits"].std()
+    assert error < 0.05

@@ -1,0 +1,116 @@
+"""Reading and writing Hugging Face's `config.json`, and what is refused."""
+
+import json
+
+import pytest
+
+from ropewalk import models
+from ropewalk.core.errors import ConfigError, ModelError
+
+OLDER = {
+    "model_type": "llama", "vocab_size": 100, "hidden_size": 48, "intermediate_size": 96,
+    "num_hidden_layers": 2, "num_attention_heads": 6, "num_key_value_heads": 2,
+    "max_position_embeddings": 4096, "rms_norm_eps": 1e-5, "rope_theta": 500000.0,
+    "rope_scaling": None, "torch_dtype": "bfloat16", "tie_word_embeddings": True,
+}  # fmt: skip
+LLAMA3 = {
+    "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 1024,
+}  # fmt: skip
+
+
+def read(changes=None, without=()):
+    values = {key: value for key, value in {**OLDER, **(changes or {})}.items() if key not in without}
+    return models.from_hf(values, "the/config.json").config
+
+
+def newer(parameters, **changes):
+    values = {"rope_parameters": parameters, "dtype": "bfloat16", **changes}
+    return read(values, without=("rope_theta", "rope_scaling", "torch_dtype"))
+
+
+@pytest.mark.parametrize(
+    "scaling",
+    [None, LLAMA3, {"rope_type": "linear", "factor": 4.0}, {"rope_type": "yarn", "factor": 2.0}],
+)
+def test_both_spellings_give_one_config(scaling):
+    older = read({"rope_scaling": scaling})
+    parameters = {"rope_type": "default", **(scaling or {}), "rope_theta": 500000.0}
+    assert newer(parameters) == older
+    assert newer(parameters, layer_types=["full_attention"] * 2) == older
+    assert older.rope_theta == 500000.0
+
+
+def test_the_oldest_spelling_says_type():
+    assert read({"rope_scaling": {"type": "linear", "factor": 4.0}}) == read(
+        {"rope_scaling": {"rope_type": "linear", "factor": 4.0}}
+    )
+
+
+@pytest.mark.parametrize("scaling", [None, LLAMA3])
+def test_what_is_written_is_read_back(scaling):
+    config = read({"rope_scaling": scaling})
+    written = json.loads(json.dumps(config.to_hf()))
+    assert written["model_type"] == "llama"
+    assert written["architectures"] == ["LlamaForCausalLM"]
+    assert written["rope_scaling"] == scaling
+    assert models.from_hf(written, "config.json").config == config
+
+
+def test_missing_sizes_follow_from_the_others():
+    config = read(without=("num_key_value_heads",))
+    assert (config.num_key_value_heads, config.head_dim) == (6, 8)
+    assert read({"num_key_value_heads": None, "head_dim": None}) == config
+    assert read({"head_dim": 16}).head_dim == 16
+
+
+def test_a_missing_theta_is_the_families_default():
+    config = read(without=("rope_theta",))
+    assert config.rope_theta == type(config).model_fields["rope_theta"].default
+
+
+def test_keys_that_cannot_matter_are_ignored():
+    more = {"use_cache": True, "bos_token_id": 1, "transformers_version": "4.1", "pretraining_tp": 1}
+    assert read(more) == read()
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"attn_logit_softcapping": 50.0}, ["attn_logit_softcapping", "50.0", "the/config.json"]),
+        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, ["dynamic", "llama3, yarn"]),
+        ({"rope_scaling": {"rope_type": "longrope"}}, ["longrope", "the/config.json"]),
+        ({"layer_types": ["full_attention", "sliding_attention"]}, ["sliding_attention"]),
+        ({"use_sliding_window": True}, ["use_sliding_window"]),
+        ({"quantization_config": {"bits": 4}}, ["quantization_config"]),
+        ({"model_type": "lama"}, ["lama", "did you mean `llama`", "qwen3"]),
+        ({"model_type": None}, ["model_type", "the/config.json"]),
+    ],
+)
+def test_what_is_not_understood_is_refused_by_name(changes, words):
+    with pytest.raises(ModelError) as refusal:
+        read(changes)
+    assert all(word in str(refusal.value) for word in words), refusal.value
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"num_attention_heads": 5}, ["num_attention_heads = 5", "num_key_value_heads = 2"]),
+        ({"head_dim": 7}, ["head_dim", "7", "multiple of 2"]),
+        ({"vocab_size": 0}, ["vocab_size", "0"]),
+        ({"hidden_size": "wide"}, ["hidden_size", "wide"]),
+        ({"hidden_act": "gelu"}, ["gelu", "silu"]),
+        ({"rope_scaling": {"rope_type": "linear"}}, ["rope_scaling", "factor", "required"]),
+        ({"rope_scaling": {**LLAMA3, "facto": 2}}, ["rope_scaling", "facto"]),
+    ],
+)
+def test_values_that_do_not_fit_are_refused_with_their_numbers(changes, words):
+    with pytest.raises(ConfigError) as refusal:
+        read(changes)
+    assert all(word in str(refusal.value) for word in ["the/config.json", *words]), refusal.value
+
+
+def test_a_missing_size_is_named():
+    with pytest.raises(ConfigError, match=r"key `intermediate_size` is required"):
+        read(without=("intermediate_size",))

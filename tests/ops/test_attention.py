@@ -1,0 +1,103 @@
+"""The reference against jax's own, and against the definition written as loops."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ropewalk.core.errors import LayoutError
+from ropewalk.ops import attention, mask
+
+B, T, S, H = 2, 7, 9, 8
+
+
+def inputs(n, k, dtype=np.float32):
+    rng = np.random.default_rng(n)
+    q, key, value = (
+        jnp.asarray(rng.standard_normal(shape), dtype)
+        for shape in ((B, T, n, H), (B, S, k, H), (B, S, k, H))
+    )
+    seen = rng.random((B, T, S)) < 0.5
+    seen[:, :, 0] = True  # every query sees something
+    return q, key, value, jnp.asarray(seen)
+
+
+@pytest.mark.parametrize(("n", "k"), [(4, 4), (6, 2), (4, 1)])
+def test_reference_equals_the_library(n, k):
+    given = inputs(n, k)
+    np.testing.assert_allclose(
+        attention.reference(*given, 0.3), attention.library(*given, 0.3), rtol=1e-5, atol=2e-6
+    )
+
+    def summed(attend):
+        return jax.grad(lambda *a: jnp.sum(jnp.sin(attend(*a, given[3], 0.3))), argnums=(0, 1, 2))
+
+    for mine, theirs in zip(
+        summed(attention.reference)(*given[:3]), summed(attention.library)(*given[:3]), strict=True
+    ):
+        np.testing.assert_allclose(mine, theirs, rtol=1e-4, atol=2e-6)
+
+
+def test_reference_equals_the_definition():
+    q, k, v, seen = (np.asarray(a) for a in inputs(6, 2))
+    wanted = np.zeros_like(q)
+    for b, t, n in np.ndindex(B, T, 6):
+        places = np.flatnonzero(seen[b, t])
+        scores = np.exp([0.3 * q[b, t, n] @ k[b, s, n // 3] for s in places])
+        wanted[b, t, n] = (scores / scores.sum()) @ v[b, places, n // 3]
+    mine = attention.reference(*inputs(6, 2), 0.3)
+    np.testing.assert_allclose(mine, wanted, rtol=1e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize("name", attention.IMPLEMENTATIONS)
+def test_what_is_not_seen_does_not_matter(name):
+    q, k, v, seen = inputs(4, 2)
+    hidden = ~jnp.any(seen[:, :2], axis=1)[:, :, None, None]  # keys that queries 0 and 1 never see
+    attend = attention.IMPLEMENTATIONS[name]
+    first = attend(q, k, v, seen, 0.3)[:, :2]
+    other = attend(q, jnp.where(hidden, 7.0, k), jnp.where(hidden, -9.0, v), seen, 0.3)[:, :2]
+    assert np.any(hidden)
+    np.testing.assert_array_equal(first, other)
+
+
+def test_a_query_that_sees_nothing_stays_finite_with_its_gradient():
+    q, k, v, seen = inputs(4, 2)
+    seen = seen.at[:, 3].set(False)
+
+    def loss(q, k, v):
+        return jnp.sum(attention.reference(q, k, v, seen, 0.3) ** 2)
+
+    value, grads = jax.value_and_grad(loss, argnums=(0, 1, 2))(q, k, v)
+    assert np.isfinite(value) and all(np.all(np.isfinite(grad)) for grad in grads)
+
+
+def test_bfloat16_has_a_float32_softmax():
+    q, k, v, seen = inputs(4, 2, jnp.bfloat16)
+    wide = attention.reference(*(a.astype(jnp.float32) for a in (q, k, v)), seen, 0.3)
+    narrow = attention.reference(q, k, v, seen, 0.3)
+    assert narrow.dtype == jnp.bfloat16
+    # Weights and result are rounded to 8 bits; scores and sums are not.
+    np.testing.assert_allclose(narrow.astype(np.float32), wide, rtol=0.01, atol=0.01)
+
+
+def test_auto_is_the_library_on_a_gpu_only():
+    assert attention.choose("auto", "gpu")[0] == "library"
+    assert {attention.choose("auto", platform)[0] for platform in ("cpu", "tpu")} == {"reference"}
+    assert attention.choose("library", "cpu") == ("library", attention.library)
+
+
+def test_an_unknown_implementation_is_refused_with_the_known_ones():
+    with pytest.raises(LayoutError, match=r"layout.attention = flash: use auto, reference, library"):
+        attention.choose("flash", "cpu")
+
+
+def test_mask_is_causal_by_position_within_a_segment():
+    rng = np.random.default_rng(0)
+    q_positions, k_positions = rng.integers(0, 6, (B, T)), rng.integers(-1, 6, (B, S))
+    q_segments, k_segments = rng.integers(0, 3, (B, T)), rng.integers(0, 3, (B, S))
+    seen = mask.visible(*map(jnp.asarray, (q_positions, k_positions, q_segments, k_segments)))
+    unsegmented = mask.visible(jnp.asarray(q_positions), jnp.asarray(k_positions))
+    for b, t, s in np.ndindex(B, T, S):
+        ordered = 0 <= k_positions[b, s] <= q_positions[b, t]
+        assert unsegmented[b, t, s] == ordered
+        assert seen[b, t, s] == (ordered and q_segments[b, t] == k_segments[b, s])

@@ -1,0 +1,143 @@
+"""The tiled loss and its hand-written gradients against plain logits and autodiff."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ropewalk.ops.cross_entropy import cross_entropy, tile_count
+
+B, T, D, V = 3, 12, 8, 40
+
+
+@functools.cache
+def problem():
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((B, T, D)).astype(np.float32)
+    head = rng.standard_normal((D, V)).astype(np.float32)
+    targets = rng.integers(0, V, (B, T)).astype(np.int32)
+    weights = rng.choice([0.0, 0.25, 1.0], (B, T)).astype(np.float32)
+    weights[0] = 0.0  # a whole row of padding
+    return tuple(map(jnp.asarray, (x, head, targets, weights)))
+
+
+def plain(x, head, targets, weights, z_loss):
+    """The definition, with all logits at once."""
+    logits = jnp.einsum("btd,dv->btv", x, head, preferred_element_type=jnp.float32)
+    log_z = jax.nn.logsumexp(logits, axis=-1)
+    nats = -jnp.take_along_axis(jax.nn.log_softmax(logits), targets[..., None], -1)[..., 0]
+    right = jnp.argmax(logits, axis=-1) == targets
+    return tuple(
+        jnp.sum(weights * part) for part in (nats + z_loss * log_z**2, nats, jnp.ones(()), right)
+    )
+
+
+def with_gradient(function):
+    def loss(x, head, *rest):
+        sums = function(x, head, *rest)
+        return sums[0], tuple(sums)
+
+    return jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))
+
+
+@pytest.mark.parametrize("z_loss", [0.0, 0.03])
+@pytest.mark.parametrize("tiles", [1, 3, 12, None])
+def test_equals_plain_autodiff(tiles, z_loss):
+    inputs = problem()
+    (_, sums), grads = with_gradient(
+        lambda *args: cross_entropy(*args, z_loss=z_loss, tiles=tiles)
+    )(*inputs)
+    (_, wanted), wanted_grads = with_gradient(lambda *args: plain(*args, z_loss))(*inputs)
+    np.testing.assert_allclose(sums, wanted, rtol=2e-6)
+    for grad, want in zip(grads, wanted_grads, strict=True):
+        np.testing.assert_allclose(grad, want, rtol=1e-5, atol=2e-6)
+        assert grad.dtype == jnp.float32
+    assert not np.any(grads[0][0]), "a token of weight 0 has a gradient"
+
+
+def test_value_without_gradient_is_that_with_it():
+    alone = jax.jit(lambda *args: cross_entropy(*args, z_loss=0.01, tiles=4))(*problem())
+    (_, both), _ = with_gradient(lambda *a: cross_entropy(*a, z_loss=0.01, tiles=4))(*problem())
+    np.testing.assert_allclose(alone, both, rtol=1e-6)
+
+
+def test_the_gradient_follows_the_factor_on_the_loss():
+    x, head, targets, weights = problem()
+
+    def scaled(x, head):
+        return 3.5 * cross_entropy(x, head, targets, weights, tiles=2).loss
+
+    once = jax.grad(lambda *a: scaled(*a) / 3.5, argnums=(0, 1))(x, head)
+    for grad, one in zip(jax.grad(scaled, argnums=(0, 1))(x, head), once, strict=True):
+        np.testing.assert_allclose(grad, 3.5 * one, rtol=1e-5, atol=1e-6)
+
+
+def test_only_the_loss_carries_a_gradient():
+    x, head, targets, weights = problem()
+    for name in ("nats", "correct", "weight"):
+        grad = jax.grad(lambda x, name=name: getattr(cross_entropy(x, head, targets, weights), name))
+        assert not np.any(grad(x))
+
+
+def test_bfloat16_is_near_float32():
+    x, head, targets, weights = problem()
+    narrow = (x.astype(jnp.bfloat16), head.astype(jnp.bfloat16))
+    wide = tuple(a.astype(jnp.float32) for a in narrow)  # the same numbers, exact sums
+    (_, sums), grads = with_gradient(lambda *a: cross_entropy(*a, tiles=3))(*narrow, targets, weights)
+    (_, wanted), wanted_grads = with_gradient(lambda *a: plain(*a, 0.0))(*wide, targets, weights)
+    np.testing.assert_allclose(sums, wanted, rtol=1e-5)  # logits are float32: only order differs
+    for grad, want in zip(grads, wanted_grads, strict=True):
+        assert grad.dtype == jnp.bfloat16
+        # d_logits is rounded to 8 bits (0.4 %), and so is the result.
+        np.testing.assert_allclose(
+            grad.astype(np.float32), want, rtol=0.01, atol=0.01 * np.abs(want).max()
+        )
+
+
+def test_a_weightless_token_cannot_spoil_the_sums():
+    x, head, targets, weights = problem()
+    poisoned = x.at[0].set(jnp.inf)  # row 0 has no weight
+    clean = cross_entropy(x, head, targets, weights, tiles=1)
+    np.testing.assert_allclose(
+        cross_entropy(poisoned, head, targets, weights, tiles=1), clean, rtol=1e-6
+    )
+
+
+def test_all_weights_zero_is_zero():
+    x, head, targets, _ = problem()
+    sums = cross_entropy(x, head, targets, jnp.zeros((B, T)))
+    np.testing.assert_array_equal(sums, 0.0)
+
+
+def test_large_logits_stay_finite():
+    x, head, targets, weights = problem()
+    (loss, _), grads = with_gradient(lambda *a: cross_entropy(*a, tiles=2))(
+        x * 1e3, head, targets, weights
+    )
+    assert np.isfinite(loss) and all(np.all(np.isfinite(grad)) for grad in grads)
+
+
+@pytest.mark.parametrize(
+    ("batch", "length", "vocab"), [(1, 1, 10), (4, 512, 32000), (8, 2048, 128256), (3, 7, 10**6)]
+)
+def test_a_tile_divides_the_time_and_is_small(batch, length, vocab):
+    tiles = tile_count(batch, length, vocab)
+    assert length % tiles == 0
+    assert 4 * batch * length * vocab / tiles <= 32 << 20 or tiles == length
+
+
+def test_no_program_holds_all_logits():
+    """The point of tiles: temporaries stay near one tile's logits, gradients included."""
+    b, t, d, v, tiles = 4, 256, 16, 4096, 32
+    shapes = [
+        jax.ShapeDtypeStruct(*spec)
+        for spec in (
+            ((b, t, d), jnp.float32), ((d, v), jnp.float32), ((b, t), jnp.int32),
+            ((b, t), jnp.float32),
+        )
+    ]  # fmt: skip
+    compiled = with_gradient(lambda *a: cross_entropy(*a, tiles=tiles)).lower(*shapes).compile()
+    logits_bytes = 4 * b * t * v
+    assert compiled.memory_analysis().temp_size_in_bytes < logits_bytes / 4
