@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import resource
 import signal
 import sys
 import time
@@ -50,7 +51,15 @@ _CONTEXT.set_forkserver_preload([__name__, "ropewalk.train.loop", "ropewalk.chec
 class Command:
     """`ropewalk ARGUMENTS` in a process of its own, its output in files."""
 
-    def __init__(self, *arguments: str, log: Path, devices: int = 1, **environment: str) -> None:
+    def __init__(
+        self,
+        *arguments: str,
+        log: Path,
+        devices: int = 1,
+        file_bytes: int = resource.RLIM_INFINITY,
+        **environment: str,
+    ) -> None:
+        """`file_bytes`: a write that makes a file larger fails, as on a full disk."""
         cache = log.parent / "programs"
         environment |= {
             "JAX_COMPILATION_CACHE_DIR": str(cache),
@@ -58,7 +67,7 @@ class Command:
             f"--xla_force_host_platform_device_count={devices}",
         }
         self.log = log
-        self.process = _CONTEXT.Process(target=_main, args=(arguments, log, environment))
+        self.process = _CONTEXT.Process(target=_main, args=(arguments, log, file_bytes, environment))
         self.process.start()
 
     def wait(self, timeout_s: float = 120) -> int:
@@ -90,10 +99,13 @@ class Command:
         return self.log.with_suffix(".err").read_text(encoding="utf-8")
 
 
-def _main(arguments: tuple[str, ...], log: Path, environment: dict[str, str]) -> None:
+def _main(
+    arguments: tuple[str, ...], log: Path, file_bytes: int, environment: dict[str, str]
+) -> None:
     for number, suffix in ((1, ".out"), (2, ".err")):
         os.dup2(os.open(log.with_suffix(suffix), os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
     os.environ |= environment
+    resource.setrlimit(resource.RLIMIT_FSIZE, (file_bytes, resource.RLIM_INFINITY))
     jax.config.update("jax_compilation_cache_dir", environment["JAX_COMPILATION_CACHE_DIR"])
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     sys.argv[:] = ["ropewalk", *arguments]

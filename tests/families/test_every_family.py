@@ -13,8 +13,9 @@ from flax import nnx
 
 from ropewalk import models
 from ropewalk.checkpoint import hf, weights
-from ropewalk.core.weights import expand
+from ropewalk.core.errors import ConfigError
 from ropewalk.core.paths import flatten
+from ropewalk.core.weights import expand
 from ropewalk.layers.decode import Decoder, Sampling
 from ropewalk.layers.lm import parameters, table, with_parameters
 from ropewalk.losses.next_token import NextToken
@@ -28,6 +29,7 @@ from tests.families.tiny import (
     BATCH,
     CASES,
     LENGTH,
+    SIZES,
     batch,
     counted,
     forward,
@@ -71,7 +73,9 @@ def test_prefill_and_decode_equal_the_full_forward(name, variant):
     logits, cache = run(it.params, cache, *(a[:, :prompt] for a in (ids, positions, segments)))
     stepwise = [logits]
     for t in range(prompt, LENGTH):
-        logits, cache = run(it.params, cache, *(a[:, t : t + 1] for a in (ids, positions, segments)))
+        logits, cache = run(
+            it.params, cache, *(a[:, t : t + 1] for a in (ids, positions, segments))
+        )
         stepwise.append(logits)
     np.testing.assert_allclose(np.concatenate(stepwise, axis=1), full, **CLOSE)
 
@@ -113,9 +117,7 @@ def test_a_packed_row_equals_its_sequences_apart(name, variant):
         alone[:, :length] = ids[:, first : first + length]
         apart[:, :length] = 1
         logits = forward(name, variant)(alone, counted()[0], apart)
-        np.testing.assert_allclose(
-            packed[:, first : first + length], logits[:, :length], **CLOSE
-        )
+        np.testing.assert_allclose(packed[:, first : first + length], logits[:, :length], **CLOSE)
 
 
 @case
@@ -190,7 +192,9 @@ def test_eight_devices_take_the_step_of_one(name):
 def _step(name, rules, devices):
     """State and metrics after one step; Adam's first moment in the state is the gradient."""
     it = tiny(name)
-    placement = Placement(mesh.build(mesh.default_sizes(rules, len(devices)), devices), RULES[rules])
+    placement = Placement(
+        mesh.build(mesh.default_sizes(rules, len(devices)), devices), RULES[rules]
+    )
     # A large epsilon: what divides by less turns the rounding of a zero gradient into a step.
     optimizer = Optimizer(epsilon=1e-3)
     chain = optimizer.build(10, it.table)
@@ -215,7 +219,9 @@ def test_weights_cover_every_parameter_and_come_back(name, variant, tmp_path):
     it = tiny(name, variant)
     tensors = weights.export(it.params, it.family.WEIGHTS, it.table)
     assert len(tensors) == len({tensor.name for tensor in tensors})
-    assert sum(np.prod(tensor.shape) for tensor in tensors) == sum(p.size for p in it.params.values())
+    assert sum(np.prod(tensor.shape) for tensor in tensors) == sum(
+        p.size for p in it.params.values()
+    )
     hf.write(tmp_path / "model", it.config.to_hf(), tensors)
     found = hf.read(tmp_path / "model")
     assert models.from_hf(found.config, "config.json") == (it.family, it.config)
@@ -272,6 +278,15 @@ def test_flops_lie_just_below_what_xla_counts(name):
     counted = jax.jit(run).lower(parameters(abstract), ids).cost_analysis()
     ratio = abstract.flops(2 * length, length) / counted["flops"]
     assert 0.8 < ratio < 1.0
+
+
+@pytest.mark.parametrize("key", SIZES)
+@family
+def test_a_size_of_nothing_is_refused_by_name(name, key):
+    values = tiny(name).config.model_dump()
+    if key in values:
+        with pytest.raises(ConfigError, match=rf"model: key `{key}` = 0"):
+            models.from_recipe({"family": name, **values, key: 0})
 
 
 def _size(name):

@@ -20,7 +20,9 @@ LLAMA3 = {
 
 
 def read(changes=None, without=()):
-    values = {key: value for key, value in {**OLDER, **(changes or {})}.items() if key not in without}
+    values = {
+        key: value for key, value in {**OLDER, **(changes or {})}.items() if key not in without
+    }
     return models.from_hf(values, "the/config.json").config
 
 
@@ -70,7 +72,12 @@ def test_a_missing_theta_is_the_families_default():
 
 
 def test_keys_that_cannot_matter_are_ignored():
-    more = {"use_cache": True, "bos_token_id": 1, "transformers_version": "4.1", "pretraining_tp": 1}
+    more = {
+        "use_cache": True,
+        "bos_token_id": 1,
+        "transformers_version": "4.1",
+        "pretraining_tp": 1,
+    }
     assert read(more) == read()
 
 
@@ -96,7 +103,8 @@ def test_what_is_not_understood_is_refused_by_name(changes, words):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"num_attention_heads": 5}, ["num_attention_heads = 5", "num_key_value_heads = 2"]),
+        ({"num_key_value_heads": 4}, ["num_attention_heads = 6", "num_key_value_heads = 4"]),
+        ({"num_attention_heads": 10}, ["hidden_size = 48", "num_attention_heads = 10", "head_dim"]),
         ({"head_dim": 7}, ["head_dim", "7", "multiple of 2"]),
         ({"vocab_size": 0}, ["vocab_size", "0"]),
         ({"hidden_size": "wide"}, ["hidden_size", "wide"]),

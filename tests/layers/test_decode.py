@@ -73,7 +73,10 @@ def test_writing_ends_when_every_row_has_stopped():
 
 
 def test_a_seed_gives_the_same_text_and_another_seed_another():
-    hot = [ids(write(PROMPTS, Sampling(max_new_tokens=NEW, temperature=2.0, seed=s))) for s in (1, 1, 2)]
+    hot = [
+        ids(write(PROMPTS, Sampling(max_new_tokens=NEW, temperature=2.0, seed=s)))
+        for s in (1, 1, 2)
+    ]
     assert hot[0] == hot[1] != hot[2]
     assert hot[0] != ids(greedy())
 

@@ -89,7 +89,11 @@ def test_a_resolved_config_is_a_recipe():
         ({}, ConfigError, ["preset", "family", "path"]),
         ({"preset": "llama3-8"}, ConfigError, ["llama3-8", "did you mean `llama3-8b`"]),
         ({"family": "quen3"}, ModelError, ["quen3", "did you mean `qwen3`", "llama"]),
-        ({"family": "llama", **SIZES, "hiden_size": 4}, ConfigError, ["did you mean `hidden_size`"]),
+        (
+            {"family": "llama", **SIZES, "hiden_size": 4},
+            ConfigError,
+            ["did you mean `hidden_size`"],
+        ),
         ({"family": "llama"}, ConfigError, ["vocab_size", "required"]),
         ({"preset": "qwen3-8b", "head_dim": 0}, ConfigError, ["model", "head_dim", "0"]),
     ],

@@ -1,4 +1,4 @@
-"""The reference against jax's own, and against the definition written as loops."""
+"""Every implementation against the definition written as loops, and against jax's own."""
 
 import jax
 import jax.numpy as jnp
@@ -22,34 +22,40 @@ def inputs(n, k, dtype=np.float32):
     return q, key, value, jnp.asarray(seen)
 
 
+OURS = [name for name in attention.IMPLEMENTATIONS if name != "library"]
+named = pytest.mark.parametrize("name", attention.IMPLEMENTATIONS)
+
+
 @pytest.mark.parametrize(("n", "k"), [(4, 4), (6, 2), (4, 1)])
-def test_reference_equals_the_library(n, k):
+@pytest.mark.parametrize("name", OURS)
+def test_equals_the_library_with_its_gradients(name, n, k):
     given = inputs(n, k)
-    np.testing.assert_allclose(
-        attention.reference(*given, 0.3), attention.library(*given, 0.3), rtol=1e-5, atol=2e-6
-    )
 
-    def summed(attend):
-        return jax.grad(lambda *a: jnp.sum(jnp.sin(attend(*a, given[3], 0.3))), argnums=(0, 1, 2))
+    def outcome(attend):
+        def loss(*qkv):
+            y = attend(*qkv, given[3], 0.3)
+            return jnp.sum(jnp.sin(y)), y
 
-    for mine, theirs in zip(
-        summed(attention.reference)(*given[:3]), summed(attention.library)(*given[:3]), strict=True
-    ):
-        np.testing.assert_allclose(mine, theirs, rtol=1e-4, atol=2e-6)
+        return jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True))(*given[:3])
+
+    mine, theirs = (outcome(attention.IMPLEMENTATIONS[one]) for one in (name, "library"))
+    for found, wanted in zip(jax.tree.leaves(mine), jax.tree.leaves(theirs), strict=True):
+        np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=2e-6)
 
 
-def test_reference_equals_the_definition():
+@named
+def test_equals_the_definition(name):
     q, k, v, seen = (np.asarray(a) for a in inputs(6, 2))
     wanted = np.zeros_like(q)
     for b, t, n in np.ndindex(B, T, 6):
         places = np.flatnonzero(seen[b, t])
         scores = np.exp([0.3 * q[b, t, n] @ k[b, s, n // 3] for s in places])
         wanted[b, t, n] = (scores / scores.sum()) @ v[b, places, n // 3]
-    mine = attention.reference(*inputs(6, 2), 0.3)
+    mine = attention.IMPLEMENTATIONS[name](*inputs(6, 2), 0.3)
     np.testing.assert_allclose(mine, wanted, rtol=1e-5, atol=2e-6)
 
 
-@pytest.mark.parametrize("name", attention.IMPLEMENTATIONS)
+@named
 def test_what_is_not_seen_does_not_matter(name):
     q, k, v, seen = inputs(4, 2)
     hidden = ~jnp.any(seen[:, :2], axis=1)[:, :, None, None]  # keys that queries 0 and 1 never see
@@ -60,35 +66,54 @@ def test_what_is_not_seen_does_not_matter(name):
     np.testing.assert_array_equal(first, other)
 
 
-def test_a_query_that_sees_nothing_stays_finite_with_its_gradient():
+@pytest.mark.parametrize("name", OURS)
+def test_a_query_that_sees_nothing_stays_finite_with_its_gradient(name):
     q, k, v, seen = inputs(4, 2)
     seen = seen.at[:, 3].set(False)
 
     def loss(q, k, v):
-        return jnp.sum(attention.reference(q, k, v, seen, 0.3) ** 2)
+        return jnp.sum(attention.IMPLEMENTATIONS[name](q, k, v, seen, 0.3) ** 2)
 
     value, grads = jax.value_and_grad(loss, argnums=(0, 1, 2))(q, k, v)
     assert np.isfinite(value) and all(np.all(np.isfinite(grad)) for grad in grads)
 
 
-def test_bfloat16_has_a_float32_softmax():
+@pytest.mark.parametrize("name", OURS)
+def test_bfloat16_has_a_float32_softmax(name):
     q, k, v, seen = inputs(4, 2, jnp.bfloat16)
     wide = attention.reference(*(a.astype(jnp.float32) for a in (q, k, v)), seen, 0.3)
-    narrow = attention.reference(q, k, v, seen, 0.3)
+    narrow = attention.IMPLEMENTATIONS[name](q, k, v, seen, 0.3)
     assert narrow.dtype == jnp.bfloat16
     # Weights and result are rounded to 8 bits; scores and sums are not.
     np.testing.assert_allclose(narrow.astype(np.float32), wide, rtol=0.01, atol=0.01)
 
 
-def test_auto_is_the_library_on_a_gpu_only():
-    assert attention.choose("auto", "gpu")[0] == "library"
-    assert {attention.choose("auto", platform)[0] for platform in ("cpu", "tpu")} == {"reference"}
-    assert attention.choose("library", "cpu") == ("library", attention.library)
+@pytest.mark.parametrize("name", OURS)
+def test_one_sequence_and_one_query_are_no_special_case(name):
+    q, k, v, seen = inputs(6, 2)
+    whole = attention.IMPLEMENTATIONS[name](q, k, v, seen, 0.3)
+    one = attention.IMPLEMENTATIONS[name](q[:1], k[:1], v[:1], seen[:1], 0.3)
+    last = attention.IMPLEMENTATIONS[name](q[:, -1:], k, v, seen[:, -1:], 0.3)
+    np.testing.assert_allclose(one, whole[:1], rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(last, whole[:, -1:], rtol=1e-5, atol=1e-6)
+
+
+def test_auto_goes_by_platform_and_by_number_of_devices():
+    wanted = {
+        ("gpu", 1): "library", ("gpu", 8): "library", ("tpu", 8): "reference",
+        ("cpu", 1): "sequential", ("cpu", 8): "reference",
+    }  # fmt: skip
+    assert {where: attention.choose("auto", *where)[0] for where in wanted} == wanted
+
+
+@named
+def test_a_name_is_taken_at_its_word(name):
+    assert attention.choose(name, "cpu", 8) == (name, attention.IMPLEMENTATIONS[name])
 
 
 def test_an_unknown_implementation_is_refused_with_the_known_ones():
-    with pytest.raises(LayoutError, match=r"layout.attention = flash: use auto, reference, library"):
-        attention.choose("flash", "cpu")
+    with pytest.raises(LayoutError, match=r"layout.attention = flash: use auto, reference"):
+        attention.choose("flash", "cpu", 1)
 
 
 def test_mask_is_causal_by_position_within_a_segment():

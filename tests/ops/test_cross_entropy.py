@@ -77,7 +77,9 @@ def test_the_gradient_follows_the_factor_on_the_loss():
 def test_only_the_loss_carries_a_gradient():
     x, head, targets, weights = problem()
     for name in ("nats", "correct", "weight"):
-        grad = jax.grad(lambda x, name=name: getattr(cross_entropy(x, head, targets, weights), name))
+        grad = jax.grad(
+            lambda x, name=name: getattr(cross_entropy(x, head, targets, weights), name)
+        )
         assert not np.any(grad(x))
 
 
@@ -85,7 +87,9 @@ def test_bfloat16_is_near_float32():
     x, head, targets, weights = problem()
     narrow = (x.astype(jnp.bfloat16), head.astype(jnp.bfloat16))
     wide = tuple(a.astype(jnp.float32) for a in narrow)  # the same numbers, exact sums
-    (_, sums), grads = with_gradient(lambda *a: cross_entropy(*a, tiles=3))(*narrow, targets, weights)
+    (_, sums), grads = with_gradient(lambda *a: cross_entropy(*a, tiles=3))(
+        *narrow, targets, weights
+    )
     (_, wanted), wanted_grads = with_gradient(lambda *a: plain(*a, 0.0))(*wide, targets, weights)
     np.testing.assert_allclose(sums, wanted, rtol=1e-5)  # logits are float32: only order differs
     for grad, want in zip(grads, wanted_grads, strict=True):

@@ -70,7 +70,9 @@ def test_rows_are_drawn_apart_and_scored_by_the_unmodified_logits():
     one = (jnp.float32(0.7), jnp.int32(4), jnp.float32(0.8))
     tokens, scores = draw(logits, jax.random.key(0), *one)
     assert tokens.dtype == jnp.int32 and scores.dtype == jnp.float32
-    wanted = np.take_along_axis(np.asarray(jax.nn.log_softmax(logits)), np.asarray(tokens)[:, None], 1)
+    wanted = np.take_along_axis(
+        np.asarray(jax.nn.log_softmax(logits)), np.asarray(tokens)[:, None], 1
+    )
     np.testing.assert_allclose(scores, wanted[:, 0], rtol=1e-5, atol=1e-6)
     again, _ = draw(logits, jax.random.key(0), *one)
     np.testing.assert_array_equal(tokens, again)

@@ -119,6 +119,10 @@ def test_sentencepiece_agrees_with_its_library_and_is_saved_unchanged(
             assert again.decode(ids) == theirs.decode(ids) == text
             assert again.encode_prompt(text) == [theirs.bos_id(), *ids]
         assert again.eos_ids == (theirs.eos_id(),)
+    assert isinstance(tokenizer, tokenizers.SentencePieceTokenizer)
+    silent = tokenizers.SentencePieceTokenizer(tokenizer._model, "sp", add_bos=False)
+    silent.save(tmp_path / "silent")
+    assert tokenizers.load(tmp_path / "silent").encode_prompt("a") == theirs.encode("a")
     assert tokenizer.encode("a</s>b", allow_special=True).count(theirs.eos_id()) == 1
     assert theirs.eos_id() not in tokenizer.encode("a</s>b")
 

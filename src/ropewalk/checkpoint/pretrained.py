@@ -16,7 +16,7 @@ from ropewalk import models
 from ropewalk.checkpoint import gguf, hf, manager, weights
 from ropewalk.checkpoint.integrity import MANIFEST, read_manifest
 from ropewalk.core import dtypes
-from ropewalk.core.errors import ModelError
+from ropewalk.core.errors import ConfigError, ModelError
 from ropewalk.layers.decode import Decoder, Sampling
 from ropewalk.layers.lm import table, with_parameters
 from ropewalk.text import parts
@@ -219,7 +219,10 @@ def _from_hf(path: Path, dtype: str | None) -> Pretrained:
     directory = hf.read(path)
     family, config = models.from_hf(directory.config, str(path / hf.CONFIG))
     named = directory.config.get("torch_dtype") or directory.config.get("dtype") or "float32"
-    kept = dtype or str(dtypes.parse(named))
+    try:
+        kept = dtype or str(dtypes.parse(str(named)))
+    except ConfigError as error:
+        raise ModelError(f"{path / hf.CONFIG}: {error}, or name another with --dtype") from None
     params = weights.load_into(
         directory.reader, family.WEIGHTS, table(abstract(family, config)), dtype=kept
     )

@@ -71,9 +71,12 @@ def _described(path: str) -> tuple[str, Any, list[tuple[str, list[int], str, int
     """A recipe or a preset: what the model will hold."""
     from ropewalk import models  # start-up time
     from ropewalk.checkpoint.pretrained import abstract
+    from ropewalk.core.errors import ModelError
     from ropewalk.layers.lm import table
     from ropewalk.train import build, run
 
+    if Path(path).expanduser().is_dir():
+        raise ModelError(f"{path}: holds no model: no checkpoint and no config.json")
     if path in models.presets():
         kind, named = "preset", models.presets()[path]
     else:

@@ -1,13 +1,16 @@
 """The description of a language model, in the words of Hugging Face's `config.json`, read from and
 written to both its spellings."""
 
-from typing import Any, ClassVar, Self
+from typing import Annotated, Any, ClassVar, Self
 
 import pydantic
 
 from ropewalk.core.config import Config
 from ropewalk.core.errors import ModelError
 from ropewalk.layers import rope
+
+# Features of a head; rotary positions turn them in pairs.
+HeadDim = Annotated[int, pydantic.Field(gt=0, multiple_of=2)]
 
 # Keys that cannot change what the model computes from its weights.
 _HARMLESS = frozenset({
@@ -39,7 +42,7 @@ class LMConfig(Config):
     num_hidden_layers: int = pydantic.Field(gt=0)
     num_attention_heads: int = pydantic.Field(gt=0)
     num_key_value_heads: int = pydantic.Field(gt=0)
-    head_dim: int = pydantic.Field(gt=0, multiple_of=2)
+    head_dim: HeadDim
     max_position_embeddings: int = pydantic.Field(default=2048, gt=0)
     hidden_act: str = "silu"
     rms_norm_eps: float = pydantic.Field(default=1e-6, gt=0)
@@ -56,7 +59,13 @@ class LMConfig(Config):
         heads, hidden = values.get("num_attention_heads"), values.get("hidden_size")
         if heads and "num_key_value_heads" not in values:
             values["num_key_value_heads"] = heads
-        if heads and hidden and "head_dim" not in values and "head_dim" in _undefaulted(cls):
+        wanted = "head_dim" not in values and "head_dim" in _undefaulted(cls)
+        if wanted and isinstance(heads, int) and isinstance(hidden, int) and heads > 0:
+            if hidden % heads:
+                raise ValueError(
+                    f"hidden_size = {hidden} is not a multiple of num_attention_heads = {heads}; "
+                    "change one, or set head_dim"
+                )
             values["head_dim"] = hidden // heads
         return values
 

@@ -4,11 +4,12 @@ of biases. arXiv:2505.09388"""
 from typing import Any, ClassVar
 
 import jax
+import pydantic
 from flax import nnx
 
 from ropewalk.core.weights import Rule
 from ropewalk.layers.attention import Attention, Context, Spec
-from ropewalk.layers.config import LMConfig
+from ropewalk.layers.config import HeadDim, LMConfig
 from ropewalk.layers.linear import depth_std
 from ropewalk.layers.lm import LM
 from ropewalk.layers.mlp import GatedMLP
@@ -21,9 +22,9 @@ class Config(LMConfig):
 
     architecture: ClassVar[str] = "Qwen3ForCausalLM"
 
-    head_dim: int = 128
-    max_position_embeddings: int = 40960
-    rope_theta: float = 1e6
+    head_dim: HeadDim = 128
+    max_position_embeddings: pydantic.PositiveInt = 40960
+    rope_theta: pydantic.PositiveFloat = 1e6
     attention_bias: bool = False
 
 

@@ -1,12 +1,13 @@
-"""Scaled dot-product attention: one reference in plain JAX, and the library's kernels behind the
-same signature."""
+"""Scaled dot-product attention behind one signature: a reference, one for CPUs, the library's."""
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from ropewalk.core.errors import LayoutError
+from ropewalk.ops.matmul import transposed
 
 Attend = Callable[[jax.Array, jax.Array, jax.Array, jax.Array, float], jax.Array]
 
@@ -15,34 +16,107 @@ _MASKED = -1e30
 
 
 def reference(q: jax.Array, k: jax.Array, v: jax.Array, seen: jax.Array, scale: float) -> jax.Array:
-    """softmax(q k^T * scale) v with the softmax in float32; queries share keys in groups of n / k.
+    """softmax(q k^T * scale) v, the softmax in float32; queries share keys in groups of n / k.
 
     q [b,t,n,h], k and v [b,s,k,h], seen bool [b,t,s] -> [b,t,n,h]. A query that sees nothing gets a
     finite value.
     """
-    b, t, n, h = q.shape
-    kv = k.shape[2]
-    grouped = q.reshape(b, t, kv, n // kv, h)
-    scores = jnp.einsum("btkgh,bskh->bkgts", grouped, k, preferred_element_type=jnp.float32) * scale
-    scores = jnp.where(seen[:, None, None], scores, _MASKED)
-    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-    return jnp.einsum("bkgts,bskh->btkgh", weights, v).reshape(b, t, n, h)
+    q, k, v = _by_head(q, k.shape[2]), jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2)
+    return _by_token(_one(q, k, v, seen[:, None], scale)[0], seen.shape[1])
 
 
 def library(q: jax.Array, k: jax.Array, v: jax.Array, seen: jax.Array, scale: float) -> jax.Array:
-    """`jax.nn.dot_product_attention`, which picks cuDNN's kernel where it applies; shapes as
-    `reference`."""
+    """`jax.nn.dot_product_attention`, which takes cuDNN's kernel where it can; as `reference`."""
     return jax.nn.dot_product_attention(q, k, v, mask=seen[:, None], scale=scale)
 
 
-IMPLEMENTATIONS: dict[str, Attend] = {"reference": reference, "library": library}
+def sequential(
+    q: jax.Array, k: jax.Array, v: jax.Array, seen: jax.Array, scale: float
+) -> jax.Array:
+    """One sequence after the other, so that its scores stay in a CPU's cache; as `reference`.
+
+    The backward pass makes the probabilities again from the log-normaliser, as arXiv:2205.14135
+    does, and keeps nothing of size t x s.
+    """
+    if q.shape[0] == 1 or q.shape[1] == 1:
+        return reference(q, k, v, seen, scale)
+    q, k, v = _by_head(q, k.shape[2]), jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2)
+    return _by_token(_sequential(scale, q, k, v, seen), seen.shape[1])
 
 
-def choose(name: str, platform: str) -> tuple[str, Attend]:
-    """The implementation a layout asks for; `auto` takes the library's on a GPU and the reference
-    elsewhere."""
+IMPLEMENTATIONS: dict[str, Attend] = {
+    "reference": reference,
+    "sequential": sequential,
+    "library": library,
+}
+
+
+def choose(name: str, platform: str, devices: int) -> tuple[str, Attend]:
+    """The implementation a layout asks for; `auto` takes what is fastest on these devices."""
     if name == "auto":
-        name = "library" if platform == "gpu" else "reference"
+        alone = "sequential" if devices == 1 else "reference"
+        name = {"cpu": alone, "gpu": "library"}.get(platform, "reference")
     if name not in IMPLEMENTATIONS:
         raise LayoutError(f"layout.attention = {name}: use auto, {', '.join(IMPLEMENTATIONS)}")
     return name, IMPLEMENTATIONS[name]
+
+
+def _by_head(q: jax.Array, kv_heads: int) -> jax.Array:
+    """[b, t, n, h] -> [b, k, (n / k) * t, h]: every query of a key's group as one more row."""
+    b, t, n, h = q.shape
+    return jnp.swapaxes(q, 1, 2).reshape(b, kv_heads, n // kv_heads * t, h)
+
+
+def _by_token(y: jax.Array, t: int) -> jax.Array:
+    """The inverse of `_by_head`."""
+    b, _, _, h = y.shape
+    return jnp.swapaxes(y.reshape(b, -1, t, h), 1, 2)
+
+
+def _scores(q: jax.Array, k: jax.Array, seen: jax.Array, scale: float) -> jax.Array:
+    """Masked float32 scores [..., g * t, s] of q [..., g * t, h]; seen [..., t, s]."""
+    scores = _product(q, jnp.swapaxes(k, -1, -2)) * scale
+    t, s = seen.shape[-2:]
+    grouped = scores.reshape(*scores.shape[:-2], -1, t, s)
+    return jnp.where(seen[..., None, :, :], grouped, _MASKED).reshape(scores.shape)
+
+
+def _one(q, k, v, seen, scale) -> tuple[jax.Array, jax.Array]:
+    """Attention of grouped rows, and the logarithm of each row's normaliser."""
+    scores = _scores(q, k, seen, scale)
+    top = jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True))
+    weights = jnp.exp(scores - top)
+    total = jnp.sum(weights, axis=-1, keepdims=True)
+    y = _product(weights.astype(v.dtype), v) / total
+    return y.astype(v.dtype), top + jnp.log(total)
+
+
+def _product(a: jax.Array, b: jax.Array) -> jax.Array:
+    return jnp.matmul(a, b, preferred_element_type=jnp.float32)
+
+
+def _sequential_forward(scale, q, k, v, seen):
+    y, log_total = jax.lax.map(lambda one: _one(*one, scale), (q, k, v, seen))
+    return y, (q, k, v, seen, y, log_total)
+
+
+def _sequential_backward(scale: float, residuals: Any, gradient: jax.Array):
+    def one(parts):
+        q, k, v, seen, y, log_total, d_y = parts
+        weights = jnp.exp(_scores(q, k, seen, scale) - log_total)
+        d_weights = _product(d_y, jnp.swapaxes(v, -1, -2))
+        mean = jnp.sum(d_y.astype(jnp.float32) * y.astype(jnp.float32), axis=-1, keepdims=True)
+        d_scores = (weights * (d_weights - mean) * scale).astype(q.dtype)
+        d_v = _product(transposed(weights.astype(v.dtype)), d_y).astype(v.dtype)
+        d_k = _product(transposed(d_scores), q).astype(k.dtype)
+        return _product(d_scores, k).astype(q.dtype), d_k, d_v
+
+    return *jax.lax.map(one, (*residuals, gradient)), None
+
+
+def _run(scale, q, k, v, seen):
+    return _sequential_forward(scale, q, k, v, seen)[0]
+
+
+_sequential = jax.custom_vjp(_run, nondiff_argnums=(0,))
+_sequential.defvjp(_sequential_forward, _sequential_backward)

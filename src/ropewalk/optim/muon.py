@@ -19,29 +19,28 @@ _ADAMW_RMS = 0.2
 
 
 def build(
-    matrix_rate: optax.Schedule,
     rate: optax.Schedule,
-    beta1: float,
-    beta2: float,
+    rest: optax.GradientTransformation,
     epsilon: float,
     weight_decay: float,
     mask: Mapping[str, bool],
     table: Mapping[str, Spec],
 ) -> optax.GradientTransformation:
-    """The transformation for parameters `path -> array`; `mask` says which of them decay."""
-    dims: Any = {path: dimensions(spec) for path, spec in table.items()}
-    return optax_muon(
-        matrix_rate,
-        adam_learning_rate=rate,
-        adam_b1=beta1,
-        adam_b2=beta2,
+    """The transformation for parameters `path -> array`: Muon at `rate` for matrices, `rest` for
+    all others; `mask` says which parameters decay."""
+    dims = {path: dimensions(spec) for path, spec in table.items()}
+    # What optax calls "adam" in its Muon decays every parameter, norm scales too: it gets none.
+    only: Any = {path: optax.MaskedNode() if dim is None else dim for path, dim in dims.items()}
+    matrices = optax_muon(
+        rate,
         eps=epsilon,
         weight_decay=weight_decay,
         weight_decay_mask=dict(mask),
-        adam_weight_decay=weight_decay,
-        muon_weight_dimension_numbers=dims,
+        muon_weight_dimension_numbers=only,
         consistent_rms=_ADAMW_RMS,
     )
+    labels = {path: "rest" if dim is None else "matrix" for path, dim in dims.items()}
+    return optax.partition({"matrix": matrices, "rest": rest}, labels)
 
 
 def dimensions(spec: Spec) -> MuonDimensionNumbers | None:

@@ -37,27 +37,11 @@ class Optimizer(Config):
         `steps`."""
         rate = self.schedule.build(self.learning_rate, steps)
         mask = {path: kind(spec) in self.decayed for path, spec in table.items()}
+        rule = optax.adamw(
+            rate, self.beta1, self.beta2, self.epsilon, weight_decay=self.weight_decay, mask=mask
+        )
         if self.kind == "muon":
-            matrix_rate = self.schedule.build(
-                self.matrix_learning_rate or self.learning_rate, steps
-            )
-            rule = muon.build(
-                matrix_rate,
-                rate,
-                self.beta1,
-                self.beta2,
-                self.epsilon,
-                self.weight_decay,
-                mask,
-                table,
-            )
-        else:
-            rule = optax.adamw(
-                rate,
-                self.beta1,
-                self.beta2,
-                self.epsilon,
-                weight_decay=self.weight_decay,
-                mask=mask,
-            )
+            peak = self.matrix_learning_rate or self.learning_rate
+            matrix_rate = self.schedule.build(peak, steps)
+            rule = muon.build(matrix_rate, rule, self.epsilon, self.weight_decay, mask, table)
         return optax.chain(optax.clip_by_global_norm(self.clip), rule) if self.clip else rule

@@ -125,18 +125,18 @@ class Tokenizer(ABC):
     def _model_file(self) -> dict[str, bytes]:
         """The file, by name, that holds the vocabulary."""
 
+    @abstractmethod
+    def _model_config(self) -> dict[str, Any]:
+        """What tokenizer_config.json says so that others read the file as it is read here."""
+
     def _default_files(self) -> dict[str, bytes]:
         """What `save` writes where no original file is known."""
         files = (
             {} if {"tokenizer.json", "tokenizer.model"} & self._files.keys() else self._model_file()
         )
         if "tokenizer_config.json" not in self._files:
-            kind = "LlamaTokenizer" if "tokenizer.model" in files else "PreTrainedTokenizerFast"
             eos = self.eos_ids[0] if self.eos_ids else None
-            config: dict[str, Any] = {
-                "tokenizer_class": kind,
-                "clean_up_tokenization_spaces": False,
-            }
+            config = {**self._model_config(), "clean_up_tokenization_spaces": False}
             for role, token in (("bos", self.bos_id), ("eos", eos), ("pad", self.pad_id)):
                 if token is not None:
                     config[f"{role}_token"] = self.spelling(token)

@@ -65,6 +65,9 @@ class HuggingFaceTokenizer(Tokenizer):
     def _model_file(self) -> dict[str, bytes]:
         return {"tokenizer.json": self._parsing.to_str(pretty=True).encode()}
 
+    def _model_config(self) -> dict[str, Any]:
+        return {"tokenizer_class": "PreTrainedTokenizerFast"}
+
 
 class SentencePieceTokenizer(Tokenizer):
     """A sentencepiece `.model`, run by the `sentencepiece` library."""
@@ -110,6 +113,11 @@ class SentencePieceTokenizer(Tokenizer):
 
     def _model_file(self) -> dict[str, bytes]:
         return {"tokenizer.model": self._model}
+
+    def _model_config(self) -> dict[str, Any]:
+        # `legacy`, in Hugging Face's sense, is what the sentencepiece library does with blanks
+        kind = {"tokenizer_class": "LlamaTokenizer", "legacy": True}
+        return {**kind, "add_bos_token": self._add_bos, "add_eos_token": False}
 
     def _read_vocabulary(self) -> Vocabulary:
         processor = self._processor

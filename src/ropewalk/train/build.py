@@ -15,7 +15,7 @@ from jax.experimental import multihost_utils
 
 from ropewalk import models
 from ropewalk.checkpoint import pretrained
-from ropewalk.core.errors import ConfigError, DataError
+from ropewalk.core.errors import ConfigError, DataError, LayoutError
 from ropewalk.core.paths import Spec
 from ropewalk.data import pipeline
 from ropewalk.data.holdout import Heldout
@@ -44,7 +44,6 @@ class Built:
     """A run's parts, none of which changes while it runs."""
 
     run: Run
-    directory: Path
     named: models.Named
     structure: Any
     placement: Placement
@@ -53,6 +52,11 @@ class Built:
     batches: pipeline.Batches
     heldout: Heldout | None
     start: pretrained.Pretrained | None
+
+    @property
+    def directory(self) -> Path:
+        """Of the run."""
+        return Path(self.run.directory)
 
     @property
     def recipe(self) -> dict[str, Any]:
@@ -130,9 +134,6 @@ class Built:
 def build(run: Run) -> Built:
     """Everything a run needs, checked against each other. Raises a UserError that names the keys to
     change."""
-    directory = Path(run.directory)
-    if directory.exists() and not directory.is_dir():
-        raise ConfigError(f"directory: {directory} is a file; name a directory for the run")
     placement = run.layout.place()
     _divides(run, placement)
     start = pretrained.load(run.model["path"]) if "path" in run.model else None
@@ -157,9 +158,7 @@ def build(run: Run) -> Built:
         heldout = Heldout(run.data, tokenizer, None, process, processes)
     structure = jax.eval_shape(lambda: _module(named, run, placement))
     optimizer = run.optimizer.build(run.steps, table(structure))
-    return Built(
-        run, directory, named, structure, placement, optimizer, tokenizer, batches, heldout, start
-    )
+    return Built(run, named, structure, placement, optimizer, tokenizer, batches, heldout, start)
 
 
 def model_of(run: Run) -> models.Named:
@@ -182,7 +181,7 @@ def tokenizer_of(run: Run) -> Tokenizer | None:
 
 def _module(named: models.Named, run: Run, placement: Placement) -> Any:
     model = named.family.Model(named.config, rngs=nnx.Rngs(run.seed))
-    return run.layout.apply(model, placement.platform)
+    return run.layout.apply(model, placement)
 
 
 def _named(
@@ -226,7 +225,13 @@ def _divides(run: Run, placement: Placement) -> None:
         raise ConfigError(
             f"data.batch_size = {size} does not divide into accumulate = {parts} micro-batches"
         )
-    batch_sharding(placement, size // parts)
+    ways = size // batch_sharding(placement, size).shard_shape((size, 1))[0]
+    if size // parts % ways:
+        raise LayoutError(
+            f"data.batch_size = {size} in accumulate = {parts} micro-batches leaves "
+            f"{size // parts} sequences for {ways} devices; set data.batch_size to a multiple of "
+            f"{parts * ways}, or change accumulate or layout.mesh"
+        )
 
 
 def _rows_of(placement: Placement, size: int) -> tuple[int, int]:

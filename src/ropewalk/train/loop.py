@@ -66,6 +66,11 @@ def train(run: Run) -> Result:
         manager = Manager(built.directory / pretrained.CHECKPOINTS, run.checkpoint)
         try:
             return _Loop(built, manager, started).run()
+        except OSError as error:
+            raise TrainingError(
+                f"{directory}: the run cannot go on: {error}. Its checkpoints stay; make room or "
+                "mend the disk, and the same command goes on from the newest"
+            ) from error
         finally:
             built.batches.close()
             manager.close()
@@ -101,7 +106,7 @@ class _Loop:
         try:
             if self._done():
                 log.info("%s is finished: %d steps. Nothing to do.", self.built.directory, self.at)
-                return self._finish("finished")
+                return self._result("finished", self._export(), None)
             return self._train()
         finally:
             self.out.close()

@@ -96,7 +96,7 @@ class Run(Config):
 
     @property
     def weights_dtype(self) -> str:
-        """How weights and optimizer state are kept."""
+        """How weights are kept; the optimizer's state is float32."""
         return "bfloat16" if self.precision == "bfloat16" else "float32"
 
     @property

@@ -60,8 +60,10 @@ def check_directory(directory: Path) -> None:
             f"directory: {directory.absolute()} has one of `*`, `?`, `[` in it, which the store of "
             "checkpoints reads as a pattern; choose another"
         )
-    if not directory.is_dir():
+    if not directory.exists():
         return
+    if not directory.is_dir():
+        raise ConfigError(f"directory: {directory} is a file; name a directory for the run")
     names = {entry.name for entry in directory.iterdir()}
     foreign = sorted(names - {RECIPE, pretrained.TOKENIZER, pretrained.CHECKPOINTS, LOCK})
     if RECIPE not in names and foreign:

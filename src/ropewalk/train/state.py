@@ -46,12 +46,15 @@ class State:
 
 
 def fresh(model: Any, optimizer: optax.GradientTransformation, dtype: Any) -> State:
-    """The state before the first step, with weights of `dtype`; traceable."""
+    """The state before the first step, with weights of `dtype`; traceable.
+
+    The optimizer's state is float32 like its gradients: a bfloat16 mean of squares stands still
+    once its changes fall below 0.4 %.
+    """
     params = {path: value.astype(dtype) for path, value in parameters(model).items()}
+    opt_state = optimizer.init({path: value.astype(jnp.float32) for path, value in params.items()})
     zero = jnp.zeros((), jnp.int32)
-    return State(
-        params, {}, optimizer.init(params), zero, {"skipped": zero, "skipped_in_a_row": zero}
-    )
+    return State(params, {}, opt_state, zero, {"skipped": zero, "skipped_in_a_row": zero})
 
 
 def place(abstract: State, table: Mapping[str, Spec], placement: Placement) -> State:

@@ -5,6 +5,7 @@ from typing import Any, Literal
 
 import jax
 import pydantic
+from flax import nnx
 
 from ropewalk.core.config import Config
 from ropewalk.core.log import log
@@ -29,7 +30,7 @@ class Layout(Config):
     """one compiled block looped over, or every block compiled in place"""
     remat: Remat = "none"
     """what the backward pass computes again"""
-    attention: Literal["auto", "reference", "library"] = "auto"
+    attention: Literal["auto", "reference", "sequential", "library"] = "auto"
 
     @pydantic.model_validator(mode="before")
     @classmethod
@@ -42,14 +43,16 @@ class Layout(Config):
         sizes = self.mesh or mesh.default_sizes(self.rules, jax.device_count())
         return Placement(mesh.build(sizes), RULES[self.rules])
 
-    def apply(self, model: LM, platform: str) -> LM:
-        """Sets how the model runs on a platform; returns the same model."""
+    def apply(self, model: LM, placement: Placement) -> LM:
+        """Sets how the model runs where it is placed; returns the same model."""
         model.layers.run = self.stack
         model.layers.remat = self.remat
-        name, attend = attention.choose(self.attention, platform)
+        name, attend = attention.choose(
+            self.attention, placement.platform, placement.mesh.size
+        )
         if self.attention == "auto":
-            log.debug("attention: auto chose %s for %s", name, platform)
-        for _, module in model.iter_modules():
+            log.debug("attention: auto chose %s for %s", name, placement.platform)
+        for _, module in nnx.iter_modules(model):
             if isinstance(module, Attention):
                 module.attend = attend
         return model
