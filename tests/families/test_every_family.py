@@ -3,7 +3,9 @@
 Float32 tolerances are a few units of rounding of values near 1 to 10; what is looser says why.
 """
 
+import functools
 import re
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -40,7 +42,7 @@ from tests.families.tiny import (
 
 case = pytest.mark.parametrize(("name", "variant"), CASES)
 family = pytest.mark.parametrize("name", models.families())
-CLOSE = {"rtol": 1e-5, "atol": 2e-5}
+close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=2e-5)
 
 
 @case
@@ -77,7 +79,7 @@ def test_prefill_and_decode_equal_the_full_forward(name, variant):
             it.params, cache, *(a[:, t : t + 1] for a in (ids, positions, segments))
         )
         stepwise.append(logits)
-    np.testing.assert_allclose(np.concatenate(stepwise, axis=1), full, **CLOSE)
+    close(np.concatenate(stepwise, axis=1), full)
 
 
 @family
@@ -101,7 +103,7 @@ def test_greedy_tokens_equal_those_of_full_forwards(name):
     for row, prompt in enumerate(prompts):
         mine = [emitted for emitted in written if emitted.row == row]
         assert [emitted.token for emitted in mine] == rows[row][len(prompt) :]
-        np.testing.assert_allclose([emitted.logprob for emitted in mine], scores[row], **CLOSE)
+        close([emitted.logprob for emitted in mine], scores[row])
 
 
 @case
@@ -117,7 +119,7 @@ def test_a_packed_row_equals_its_sequences_apart(name, variant):
         alone[:, :length] = ids[:, first : first + length]
         apart[:, :length] = 1
         logits = forward(name, variant)(alone, counted()[0], apart)
-        np.testing.assert_allclose(packed[:, first : first + length], logits[:, :length], **CLOSE)
+        close(packed[:, first : first + length], logits[:, :length])
 
 
 @case
@@ -131,7 +133,7 @@ def test_padding_on_either_side_changes_nothing(name, variant):
         span = slice(first, first + length)
         padded[:, span], place[:, span], real[:, span] = ids[:, :length], np.arange(length), 1
         logits = forward(name, variant)(padded, place, real)
-        np.testing.assert_allclose(logits[:, span], bare, **CLOSE)
+        close(logits[:, span], bare)
         assert np.all(np.isfinite(logits))
 
 
@@ -146,10 +148,10 @@ def test_left_padding_is_not_stored_in_a_cache(name):
     padded[:, pad:], place[:, pad:], real[:, pad:] = ids[:, :length], np.arange(length), 1
     cache = it.model().init_cache(BATCH, LENGTH, jnp.float32)
     logits, cache = run(it.params, cache, padded, place, real)
-    np.testing.assert_allclose(logits[:, pad:], full[:, :length], **CLOSE)
+    close(logits[:, pad:], full[:, :length])
     step = slice(length, length + 1)
     logits, _ = run(it.params, cache, ids[:, step], positions[:, step], segments[:, step])
-    np.testing.assert_allclose(logits, full[:, step], **CLOSE)
+    close(logits, full[:, step])
 
 
 @case
@@ -275,8 +277,8 @@ def test_flops_lie_just_below_what_xla_counts(name):
         return with_parameters(abstract, params)(ids)[0]
 
     ids = jax.ShapeDtypeStruct((2, length), jnp.int32)
-    counted = jax.jit(run).lower(parameters(abstract), ids).cost_analysis()
-    ratio = abstract.flops(2 * length, length) / counted["flops"]
+    found: Any = jax.jit(run).lower(parameters(abstract), ids).cost_analysis()
+    ratio = abstract.flops(2 * length, length) / found["flops"]
     assert 0.8 < ratio < 1.0
 
 
@@ -290,8 +292,8 @@ def test_a_size_of_nothing_is_refused_by_name(name, key):
 
 
 def _size(name):
-    number, unit = re.search(r"-([\d.]+)([bm])$", name).groups()
-    return float(number) * {"b": 1e9, "m": 1e6}[unit]
+    size = name.rpartition("-")[2]
+    return float(size[:-1]) * {"b": 1e9, "m": 1e6}[size[-1]]
 
 
 @pytest.mark.parametrize("preset", models.presets())

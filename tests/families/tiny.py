@@ -46,7 +46,9 @@ class Tiny:
 
     def running(self, run: str, remat: str) -> "Tiny":
         """The same weights run another way."""
-        structure = self.model(self.table)  # a copy of the module: nothing else is shared
+        structure = jax.tree.map(
+            lambda leaf: leaf, self.structure
+        )  # a copy of the module: nothing else is shared
         structure.layers.run, structure.layers.remat = run, remat
         return dataclasses.replace(self, structure=structure)
 

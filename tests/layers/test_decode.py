@@ -1,6 +1,7 @@
 """Writing several ragged prompts at once equals writing each alone; errors name the numbers."""
 
 import functools
+from typing import Any
 
 import jax
 import numpy as np
@@ -100,7 +101,7 @@ def test_refresh_takes_new_weights_without_compiling_again():
 
 
 def test_prompts_of_like_length_share_their_programs():
-    fresh = Decoder(tiny(NAME).model())
+    fresh: Any = Decoder(tiny(NAME).model())
     write([[1, 2, 3]], Sampling(max_new_tokens=4), decode=fresh)
     compiled = fresh._prefill._cache_size(), fresh._decode._cache_size()
     write([[4, 5, 6, 7, 8]], Sampling(max_new_tokens=6, temperature=0.7, top_k=3), decode=fresh)

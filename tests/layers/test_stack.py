@@ -9,6 +9,7 @@ import pytest
 from flax import nnx
 
 from ropewalk.layers.stack import Stack, depth, repeats
+from ropewalk.parallel.remat import Remat
 
 D = 6
 
@@ -63,7 +64,7 @@ def x():
     return jax.random.normal(jax.random.key(1), (2, 3, D))
 
 
-def set_run(way, remat="none"):
+def set_run(way, remat: Remat = "none"):
     other = Stack(PLAN, rngs=nnx.Rngs(0))  # the same keys, so the same weights
     other.run, other.remat = way, remat
     return other

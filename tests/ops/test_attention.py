@@ -1,5 +1,7 @@
 """Every implementation against the definition written as loops, and against jax's own."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,7 +13,7 @@ from ropewalk.ops import attention, mask
 B, T, S, H = 2, 7, 9, 8
 
 
-def inputs(n, k, dtype=np.float32):
+def inputs(n, k, dtype: Any = np.float32):
     rng = np.random.default_rng(n)
     q, key, value = (
         jnp.asarray(rng.standard_normal(shape), dtype)
@@ -81,7 +83,8 @@ def test_a_query_that_sees_nothing_stays_finite_with_its_gradient(name):
 @pytest.mark.parametrize("name", OURS)
 def test_bfloat16_has_a_float32_softmax(name):
     q, k, v, seen = inputs(4, 2, jnp.bfloat16)
-    wide = attention.reference(*(a.astype(jnp.float32) for a in (q, k, v)), seen, 0.3)
+    q32, k32, v32 = (a.astype(jnp.float32) for a in (q, k, v))
+    wide = attention.reference(q32, k32, v32, seen, 0.3)
     narrow = attention.IMPLEMENTATIONS[name](q, k, v, seen, 0.3)
     assert narrow.dtype == jnp.bfloat16
     # Weights and result are rounded to 8 bits; scores and sums are not.

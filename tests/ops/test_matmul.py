@@ -35,10 +35,11 @@ def test_equals_einsum_with_its_gradients(letters, x_shape, w_shape, contract, d
     (_, wanted), wanted_grads = jax.value_and_grad(plain, argnums=(0, 1), has_aux=True)(x, weight)
     assert y.dtype == dtype and y.shape == wanted.shape
     # bfloat16: one rounding of the float32 sum, which another order may tip to the neighbour.
-    close = {"rtol": 1e-5, "atol": 1e-5} if dtype == jnp.float32 else {"rtol": 0.02, "atol": 0.02}
+    near = 1e-5 if dtype == jnp.float32 else 0.02
     for found, want in zip((y, *grads), (wanted, *wanted_grads), strict=True):
         assert found.dtype == dtype
-        np.testing.assert_allclose(found.astype(np.float32), want.astype(np.float32), **close)
+        found, want = found.astype(np.float32), want.astype(np.float32)
+        np.testing.assert_allclose(found, want, rtol=near, atol=near)
 
 
 def test_the_weight_is_cast_to_the_activation():

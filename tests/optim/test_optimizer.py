@@ -1,6 +1,7 @@
 """AdamW and Muon against their papers' formulas in numpy; decay by kind; where the state lies."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -146,7 +147,8 @@ def test_stacked_heads_are_updated_like_one_matrix_a_layer(path):
             kind="muon", learning_rate=RATE, schedule=CONSTANT, weight_decay=0.0, clip=None
         ).build(100, table)
         one = {"w": jnp.asarray(params[layer])}
-        change, _ = chain.update({"w": jnp.asarray(grads[layer])}, chain.init(one), one)
+        update: Any = chain.update
+        change, _ = update({"w": jnp.asarray(grads[layer])}, chain.init(one), one)
         # The same sums in another order, through five iterations that amplify rounding.
         np.testing.assert_allclose(
             as_matrices(path, muon_update()[path])[layer], change["w"], rtol=1e-3, atol=1e-6

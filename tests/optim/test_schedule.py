@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from typing import Any
 
 import pytest
 
@@ -12,7 +13,7 @@ PEAK, STEPS = 2e-3, 100
 
 
 def rates(steps=STEPS, **values):
-    schedule = Schedule(**values).build(PEAK, steps)
+    schedule: Any = Schedule(**values).build(PEAK, steps)
     return [float(schedule(step)) for step in range(steps + 20)]
 
 

@@ -47,9 +47,7 @@ class Layout(Config):
         """Sets how the model runs where it is placed; returns the same model."""
         model.layers.run = self.stack
         model.layers.remat = self.remat
-        name, attend = attention.choose(
-            self.attention, placement.platform, placement.mesh.size
-        )
+        name, attend = attention.choose(self.attention, placement.platform, placement.mesh.size)
         if self.attention == "auto":
             log.debug("attention: auto chose %s for %s", name, placement.platform)
         for _, module in nnx.iter_modules(model):
