@@ -1,12 +1,13 @@
 """A train step beside MaxText's: step time, time to the end of the first step, peak memory.
 
-Runs the two commands by turns, each with an empty compilation cache, and prints the ratio of the medians.
+Runs the two commands by turns, each with an empty compilation cache, and prints the ratio of the
+medians.
 
     python benchmarks/train_step.py --json [--runs 3] [--dtype float32 bfloat16] [--maxtext PYTHON]
     python benchmarks/train_step.py --parts            where a step of ours spends its time
 
-MaxText 0.2.5 is run where `--maxtext` (or the environment's MAXTEXT_PYTHON) names the Python it is installed
-for; without one, only ours is measured.
+MaxText 0.2.5 is run where `--maxtext` (or the environment's MAXTEXT_PYTHON) names the Python it is
+installed for; without one, only ours is measured.
 """
 
 import argparse
@@ -27,28 +28,53 @@ MAXTEXT = {
     "float32": ["dtype=float32", "scan_layers=false", "num_vocab_tiling=4"],
     "bfloat16": ["dtype=bfloat16", "scan_layers=true", "num_vocab_tiling=4"],
 }
-MAXTEXT_COMMON = """dataset_type=synthetic enable_checkpointing=false skip_jax_distributed_system=true
-model_name=default decoder_block=llama2 base_emb_dim=256 base_mlp_dim=1024 base_num_query_heads=4
-base_num_kv_heads=4 head_dim=64 base_num_decoder_layers=4 vocab_size=32000 attention=dot_product
-mlp_activations=["silu","linear"] hardware=cpu max_target_length=512 per_device_batch_size=4 steps=14
-enable_tensorboard=false enable_goodput_recording=false monitor_goodput=false
-gradient_clipping_threshold=1.0 run_name=peer""".split()
+MAXTEXT_COMMON = [
+    "dataset_type=synthetic",
+    "enable_checkpointing=false",
+    "skip_jax_distributed_system=true",
+    "model_name=default",
+    "decoder_block=llama2",
+    "base_emb_dim=256",
+    "base_mlp_dim=1024",
+    "base_num_query_heads=4",
+    "base_num_kv_heads=4",
+    "head_dim=64",
+    "base_num_decoder_layers=4",
+    "vocab_size=32000",
+    "attention=dot_product",
+    'mlp_activations=["silu","linear"]',
+    "hardware=cpu",
+    "max_target_length=512",
+    "per_device_batch_size=4",
+    "steps=14",
+    "enable_tensorboard=false",
+    "enable_goodput_recording=false",
+    "monitor_goodput=false",
+    "gradient_clipping_threshold=1.0",
+    "run_name=peer",
+]
 
 
 def main() -> None:
     """Runs and prints."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--parts", action="store_true")
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--dtype", nargs="+", choices=list(PRECISION), default=list(PRECISION))
     parser.add_argument("--maxtext", default=os.environ.get("MAXTEXT_PYTHON"))
-    parser.add_argument("overrides", nargs="*", help="changes to the recipe of ours, e.g. layout.remat=full")
+    parser.add_argument(
+        "overrides", nargs="*", help="changes to the recipe of ours, e.g. layout.remat=full"
+    )
     options = parser.parse_args()
     if options.parts:
         from parts import parts
 
-        results = {dtype: parts(HERE / "train_step.yml", PRECISION[dtype]) for dtype in options.dtype}
+        results = {
+            dtype: parts(HERE / "train_step.yml", PRECISION[dtype]) for dtype in options.dtype
+        }
     else:
         results = {dtype: compare(dtype, options) for dtype in options.dtype}
     print(json.dumps(results, indent=None if options.json else 2))
@@ -92,13 +118,20 @@ def run_ours(dtype: str, overrides: list[str]) -> dict[str, float]:
 
 
 def run_maxtext(dtype: str, python: str) -> dict[str, float]:
-    """MaxText's trainer with an empty cache; step times are those between its `completed step` lines."""
+    """MaxText's trainer with an empty cache; step times are those between its `completed step`
+    lines."""
     with tempfile.TemporaryDirectory() as scratch:
-        find = 'import importlib.util as u; print(u.find_spec("maxtext").submodule_search_locations[0])'
+        found = 'u.find_spec("maxtext").submodule_search_locations[0]'
+        find = f"import importlib.util as u; print({found})"
         home = subprocess.run([python, "-c", find], capture_output=True, text=True, check=True)
         base = Path(home.stdout.strip()) / "configs" / "base.yml"
         words = [f"base_output_directory={scratch}/out", f"jax_cache_dir={scratch}/cache"]
-        env = {**os.environ, "JAX_PLATFORMS": "cpu", "DECOUPLE_GCLOUD": "TRUE", "TPU_SKIP_MDS_QUERY": "1"}
+        env = {
+            **os.environ,
+            "JAX_PLATFORMS": "cpu",
+            "DECOUPLE_GCLOUD": "TRUE",
+            "TPU_SKIP_MDS_QUERY": "1",
+        }
         module = [python, "-m", "maxtext.trainers.pre_train.train", str(base)]
         times: dict[int, float] = {}
 
@@ -113,7 +146,8 @@ def run_maxtext(dtype: str, python: str) -> dict[str, float]:
 
 
 def wait(command: list[str], env: dict[str, str], note) -> float:
-    """Runs a command to its end, handing its stderr to `note` line by line; returns its peak MiB."""
+    """Runs a command to its end, handing its stderr to `note` line by line; returns its peak
+    MiB."""
     process = subprocess.Popen(
         command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
     )

@@ -7,7 +7,7 @@ import resource
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -57,17 +57,20 @@ class Command:
         log: Path,
         devices: int = 1,
         file_bytes: int = resource.RLIM_INFINITY,
-        **environment: str,
+        environment: Mapping[str, str] | None = None,
     ) -> None:
         """`file_bytes`: a write that makes a file larger fails, as on a full disk."""
         cache = log.parent / "programs"
-        environment |= {
+        environment = {
+            **(environment or {}),
             "JAX_COMPILATION_CACHE_DIR": str(cache),
             "XLA_FLAGS": "--xla_backend_optimization_level=0 "
             f"--xla_force_host_platform_device_count={devices}",
         }
         self.log = log
-        self.process = _CONTEXT.Process(target=_main, args=(arguments, log, file_bytes, environment))
+        self.process = _CONTEXT.Process(
+            target=_main, args=(arguments, log, file_bytes, environment)
+        )
         self.process.start()
 
     def wait(self, timeout_s: float = 120) -> int:

@@ -24,7 +24,7 @@ def train(home: Path, run: Path, processes: int = 1, devices: int = 1, *more: st
             *arguments,
             log=home / f"{run.name}-{number}.log",
             devices=devices,
-            **({**joined, "JAX_PROCESS_ID": str(number)} if processes > 1 else {}),
+            environment={**joined, "JAX_PROCESS_ID": str(number)} if processes > 1 else None,
         )
         for number in range(processes)
     ]

@@ -46,9 +46,7 @@ class Tiny:
 
     def running(self, run: str, remat: str) -> "Tiny":
         """The same weights run another way."""
-        structure = jax.tree.map(
-            lambda leaf: leaf, self.structure
-        )  # a copy of the module: nothing else is shared
+        structure = jax.tree.map(lambda leaf: leaf, self.structure)  # a copy of the module
         structure.layers.run, structure.layers.remat = run, remat
         return dataclasses.replace(self, structure=structure)
 

@@ -12,7 +12,7 @@ def chat(
     ],
     system: Annotated[str, typer.Option(help="the system message")] = "",
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 512,
-    temperature: Annotated[float, typer.Option(min=0.0)] = 0.2,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0: the most likely")] = 0.0,
     top_p: float = 0.9,
     seed: int = 0,
     dtype: Annotated[

@@ -140,9 +140,10 @@ class Decoder:
                     "model has "
                     f"{self.length} positions: shorten the prompt or lower max_new_tokens"
                 )
-            if max(prompt) >= self.vocab or min(prompt) < 0:
+            outside = [token for token in prompt if not 0 <= token < self.vocab]
+            if outside:
                 raise ModelError(
-                    f"prompt {row} has token {max(prompt)}; the model's vocabulary is 0 to "
+                    f"prompt {row} has token {outside[0]}; the model's vocabulary is 0 to "
                     f"{self.vocab - 1}"
                 )
 

@@ -22,7 +22,9 @@ import jax
 from rich.console import Console
 from rich.live import Live
 from rich.text import Text
-from tensorboardX import SummaryWriter
+from tensorboardX import summary
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto import event_pb2
 
 from ropewalk.core import config
 from ropewalk.core.errors import ConfigError
@@ -30,6 +32,7 @@ from ropewalk.core.log import log
 from ropewalk.core.storage import write_atomic
 from ropewalk.metrics.meter import Peak
 
+_EVENT: Any = event_pb2  # its classes are made when it is imported; nothing declares them
 METRICS_FILE = "metrics.jsonl"
 SAMPLES_FILE = "samples.jsonl"
 _PACKAGES = ("ropewalk", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
@@ -170,26 +173,26 @@ class JsonLines(Writer):
 class TensorBoard(Writer):
     """Event files with scalars as `train/NAME` and `eval/NAME`, samples and events as text.
 
-    Numbers reach the disk within seconds, not at once: after `kill -9` the last few may be missing
-    here, never in metrics.jsonl.
+    Written at once by the caller's thread: what cannot be written is an error here and not, as with
+    the library's background writer, a queue that nobody empties.
     """
 
     def __init__(self, directory: str | Path, resumed: int | None = None) -> None:
-        self._writer: SummaryWriter | None = SummaryWriter(
-            str(directory),
-            purge_step=0 if resumed is None else resumed + 1,
-            flush_secs=5,
-            filename_suffix=f".{time.time_ns()}",  # else two starts within a second share one file
-        )
+        Path(directory).mkdir(parents=True, exist_ok=True)
+        suffix = f".{time.time_ns()}"  # else two starts within a second share one file
+        self._events: EventsWriter | None = EventsWriter(str(Path(directory) / "events"), suffix)
+        first = 0 if resumed is None else resumed + 1
+        self._add(
+            first, session_log=_EVENT.SessionLog(status=_EVENT.SessionLog.START)
+        )  # hides what follows it
 
     @override
     def write(self, step: int, metrics: Mapping[str, Any]) -> None:
-        if self._writer is not None:
-            for name, value in metrics.items():
-                if isinstance(value, str) or value is None:
-                    continue
-                group, short = ("eval", name[5:]) if name.startswith("eval_") else ("train", name)
-                self._writer.add_scalar(f"{group}/{short}", float(value), step)
+        for name, value in metrics.items():
+            if isinstance(value, str) or value is None:
+                continue
+            group, short = ("eval", name[5:]) if name.startswith("eval_") else ("train", name)
+            self._add(step, summary=summary.scalar(f"{group}/{short}", float(value)))
 
     @override
     def event(self, step: int, name: str, **fields: Any) -> None:
@@ -201,14 +204,18 @@ class TensorBoard(Writer):
 
     @override
     def close(self) -> None:
-        if self._writer is not None:
-            self._writer.close()
-            self._writer = None
+        if self._events is not None:
+            self._events.close()
+            self._events = None
 
     def _text(self, tag: str, text: str, step: int) -> None:
-        if self._writer is not None:  # indented: markdown shows it as it is
-            block = "\n".join(f"    {line}" for line in text.splitlines())
-            self._writer.add_text(tag, block, step)
+        block = "\n".join(f"    {line}" for line in text.splitlines())  # markdown shows it as it is
+        self._add(step, summary=summary.text(tag, block))
+
+    def _add(self, step: int, **content: Any) -> None:
+        if self._events is not None:
+            self._events.write_event(_EVENT.Event(wall_time=time.time(), step=step, **content))
+            self._events.flush()
 
 
 class Wandb(Writer):

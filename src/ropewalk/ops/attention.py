@@ -96,7 +96,7 @@ def _product(a: jax.Array, b: jax.Array) -> jax.Array:
 
 
 def _sequential_forward(scale, q, k, v, seen):
-    y, log_total = jax.lax.map(lambda one: _one(*one, scale), (q, k, v, seen))
+    y, log_total = jax.lax.map(lambda one: _one(*one, scale=scale), (q, k, v, seen))
     return y, (q, k, v, seen, y, log_total)
 
 

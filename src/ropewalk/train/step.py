@@ -57,7 +57,7 @@ def make_step(
                 grads, output = _accumulated(gradient, params, frozen, _cut(batch, accumulate), key)
             scale = 1.0 / jnp.maximum(output.objective.weight, 1e-8)
             grads = jax.tree.map(lambda g: g * scale, grads)
-            norm = optax.global_norm(grads)
+            norm = optax.tree.norm(grads)
             finite = jnp.isfinite(output.objective.sum) & jnp.isfinite(norm)
             good = finite & (output.objective.weight > 0)
             updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
