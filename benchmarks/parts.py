@@ -19,7 +19,7 @@ def parts(recipe: Path, precision: str) -> dict[str, Any]:
     """Milliseconds of each part, and its products' FLOP/s over the measured rate of one product."""
     settings = run.read(recipe, [f"precision={precision}", "directory=/tmp/ropewalk-parts"])
     built = build.build(settings)
-    made, where = state.build(built.fresh, built.table, built.placement)
+    made, _ = state.build(built.fresh, built.table, built.placement)
     batch = built.place(next(built.batches).arrays)
     built.batches.close()
     dtype = settings.compute_dtype
@@ -45,7 +45,7 @@ def parts(recipe: Path, precision: str) -> dict[str, Any]:
     update = timed(
         lambda g, s, p: built.optimizer.update(g, s, p), made.params, made.opt_state, made.params
     )
-    step = built.compile_step(where)
+    step = built.compile_step()
     times = []
     for _ in range(8):
         start = time.perf_counter()

@@ -36,7 +36,7 @@ _PEAKS = {
     "NVIDIA B200": {"bfloat16": 2250e12, "float16": 2250e12, "float32": 1125e12},
 }  # fmt: skip
 _KINDS = sorted(_PEAKS, key=len, reverse=True)
-_MEASURE_S = 0.3
+_MEASURE_S = 0.1
 _measured: dict[tuple[str, int, str], float] = {}
 
 
@@ -194,7 +194,7 @@ def peak_flops(device: Device, dtype: str) -> Peak:
     passes it is made.
 
     For a CPU, and for a device not in the table, the rate is measured once in this process (about
-    0.3 s): products of 1024 x 1024 matrices in `dtype`, the best of all runs. CPU devices of one
+    0.1 s): products of 1024 x 1024 matrices in `dtype`, the best of all runs. CPU devices of one
     process share the machine, so each counts as its share. A busy machine measures low: compare
     such figures within one machine only.
     """

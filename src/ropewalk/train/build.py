@@ -2,6 +2,7 @@
 step."""
 
 import dataclasses
+import functools
 import math
 from pathlib import Path
 from typing import Any
@@ -78,7 +79,23 @@ class Built:
         model = _module(self.named, self.run, self.placement)
         return states.fresh(model, self.optimizer, self.run.weights_dtype)
 
-    def compile_step(self, where: State) -> Any:
+    @functools.cached_property
+    def described(self) -> State:
+        """Shape, dtype and sharding of every leaf of the state."""
+        abstract = jax.eval_shape(self.fresh)
+        where = states.place(abstract, self.table, self.placement)
+        return jax.tree.map(
+            lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
+            abstract,
+            where,
+        )
+
+    @property
+    def where(self) -> State:
+        """The sharding of every leaf of the state."""
+        return jax.tree.map(lambda leaf: leaf.sharding, self.described)
+
+    def compile_step(self) -> Any:
         """The step, compiled before the first batch: `(state, batch) -> (state, metrics)`, with the
         state donated."""
         run = self.run
@@ -92,20 +109,15 @@ class Built:
             accumulate=run.accumulate,
             seed=run.seed,
         )
-        size, length = run.data.batch_size, run.data.length
-        sharding = batch_sharding(self.placement, size)
+        shape = run.data.batch_size, run.data.length
+        sharding = batch_sharding(self.placement, run.data.batch_size)
         batch = {
-            name: jax.ShapeDtypeStruct((size, length), jnp.dtype(kind))
+            name: jax.ShapeDtypeStruct(shape, jnp.dtype(kind), sharding=sharding)
             for name, kind in BATCH_DTYPES.items()
         }
-        abstract = jax.eval_shape(self.fresh)
-        compiled = jax.jit(
-            step,
-            donate_argnums=0,
-            in_shardings=(where, dict.fromkeys(batch, sharding)),
-            out_shardings=(where, replicated(self.placement)),
-        )
-        return compiled.lower(abstract, batch).compile()
+        out = (self.where, replicated(self.placement))
+        compiled = jax.jit(step, donate_argnums=0, out_shardings=out)
+        return compiled.lower(self.described, batch).compile()
 
     def place(self, arrays: dict[str, np.ndarray]) -> dict[str, jax.Array]:
         """This process's rows of a batch, as arrays over the whole mesh."""

@@ -6,6 +6,7 @@ import dataclasses
 import signal
 import time
 from collections import deque
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -81,7 +82,13 @@ class _Loop:
 
     def __init__(self, built: Built, manager: Manager, started: float):
         self.built, self.manager, self.settings = built, manager, built.run
-        self.state, self.where, self.resumed, self.evaluation = session.first_state(built, manager)
+        session.check_recipe(built, manager)
+        # Both the step and the first state take seconds to compile, which two cores do side by side.
+        self.pool = ThreadPoolExecutor(1)
+        self.step: Future[Any] | None = None
+        if (manager.latest() or 0) < self.settings.steps:
+            self.step = self.pool.submit(built.compile_step)
+        self.state, self.resumed, self.evaluation = session.first_state(built, manager)
         self.at = self.resumed or 0
         self.final_loss: float | None = None
         self.out = writers.open_writers(
@@ -94,13 +101,9 @@ class _Loop:
         self.evaluator = built.evaluator()
         self.decoder: Decoder | None = None
         self.recent: deque[Any] = deque(maxlen=self.settings.stop_after_skipped)
-        peak = total_peak(jax.devices(), self.settings.compute_dtype)
         flops = 3 * built.structure.flops(1, self.settings.data.length)
         tokens = int(read_history(built.directory).series["tokens"].last() or 0)
-        self.peak = peak
-        self.meter = Meter(
-            self.settings.steps, flops, peak.flops, step=self.at, tokens=tokens, started=started
-        )
+        self.meter = Meter(self.settings.steps, flops, step=self.at, tokens=tokens, started=started)
 
     def run(self) -> Result:
         try:
@@ -109,14 +112,17 @@ class _Loop:
                 return self._result("finished", self._export(), None)
             return self._train()
         finally:
+            self.pool.shutdown(cancel_futures=True)
             self.out.close()
 
     def _train(self) -> Result:
         steps = self.settings.steps
         if self.resumed is not None:
             log.info("%s: going on from step %d of %d", self.built.directory, self.at, steps)
-        self.out.event(self.at, "started", **writers.facts(steps, self.peak))
-        step = self.built.compile_step(self.where)
+        step = self.step.result() if self.step else self.built.compile_step()
+        peak = total_peak(jax.devices(), self.settings.compute_dtype)
+        self.meter.peak_flops = peak.flops
+        self.out.event(self.at, "started", **writers.facts(steps, peak))
         if self.resumed is None:
             self._samples()
         self.meter.begin(time.monotonic())

@@ -30,27 +30,17 @@ EXPORT = "hf"
 _FIXED = ("model", "tokenizer", "data", "optimizer.kind", "precision", "seed")
 
 
-def first_state(
-    built: Built, manager: Manager
-) -> tuple[State, State, int | None, dict[str, float]]:
-    """The state to go on from, its shardings, the step it was restored from (or None), and that
-    checkpoint's metrics.
+def first_state(built: Built, manager: Manager) -> tuple[State, int | None, dict[str, float]]:
+    """The state to go on from, the step it was restored from (or None), and that checkpoint's
+    metrics.
 
     Raises CheckpointError when the checkpoint is of another model, or made with values that may not
     change.
     """
-    abstract = jax.eval_shape(built.fresh)
-    where = states.place(abstract, built.table, built.placement)
-    described = jax.tree.map(
-        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
-        abstract,
-        where,
-    )
-    _same_recipe(built, manager)
-    restored = manager.restore(described.tree())
+    restored = manager.restore(built.described.tree())
     if restored is None:
-        return _begin(built, where), where, None, {}
-    return _resume(built, restored, described), where, restored.step, _metrics(built, restored.step)
+        return _begin(built), None, {}
+    return _resume(built, restored), restored.step, _metrics(built, restored.step)
 
 
 def check_directory(directory: Path) -> None:
@@ -110,27 +100,27 @@ def _agreed(received: list[int], step: int) -> int | None:
     return mine or None
 
 
-def _begin(built: Built, where: State) -> State:
+def _begin(built: Built) -> State:
     state, _ = states.build(built.fresh, built.table, built.placement)
     if built.start is None:
         return state
     params = {
-        path: jax.device_put(built.start.params[path].astype(a.dtype), where.params[path])
+        path: jax.device_put(built.start.params[path].astype(a.dtype), built.where.params[path])
         for path, a in state.params.items()
     }
     return states.State(params, state.frozen, state.opt_state, state.step, state.extra)
 
 
-def _resume(built: Built, restored: Restored, described: State) -> State:
+def _resume(built: Built, restored: Restored) -> State:
     built.batches.set_state(restored.data_state)
-    return described.filled(restored.state)
+    return built.described.filled(restored.state)
 
 
 def _metrics(built: Built, step: int) -> dict[str, float]:
     return read_manifest(built.directory / pretrained.CHECKPOINTS / str(step)).metrics
 
 
-def _same_recipe(built: Built, manager: Manager) -> None:
+def check_recipe(built: Built, manager: Manager) -> None:
     """Says what differs from the recipe of the newest checkpoint; refuses what may not."""
     home, saved = built.directory / pretrained.CHECKPOINTS, None
     for step in reversed(manager.steps()):
