@@ -83,7 +83,7 @@ class _Loop:
     def __init__(self, built: Built, manager: Manager, started: float):
         self.built, self.manager, self.settings = built, manager, built.run
         session.check_recipe(built, manager)
-        # Both the step and the first state take seconds to compile, which two cores do side by side.
+        # The step and the first state both take seconds to compile: side by side, on two cores.
         self.pool = ThreadPoolExecutor(1)
         self.step: Future[Any] | None = None
         if (manager.latest() or 0) < self.settings.steps:
