@@ -4,9 +4,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, get_args
 
-from ropewalk.train.run import Run
-
 from ropewalk.core.config import leaf_fields
+from ropewalk.train.run import Run
 
 LIST = Path(__file__).with_suffix(".txt")
 
