@@ -2,6 +2,7 @@
 needs it."""
 
 import sys
+from typing import Any
 
 import typer
 
@@ -36,6 +37,8 @@ def main() -> None:
     debug = "--debug" in sys.argv
     sys.argv[:] = [word for word in sys.argv if word != "--debug"]
     setup(debug)
+    if not debug:
+        sys.unraisablehook = _pass_over_late_writers
     try:
         app()
     except (UserError, OSError) as error:
@@ -45,3 +48,12 @@ def main() -> None:
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def _pass_over_late_writers(failure: Any) -> None:
+    """Prints what cannot be raised, but not of a checkpoint's writer whose save was reported.
+
+    When a disk is full, the store's other writers fail too, after the event loop they would tell.
+    """
+    if str(failure.exc_value) != "Event loop is closed":
+        sys.__unraisablehook__(failure)

@@ -6,7 +6,6 @@ import dataclasses
 import signal
 import time
 from collections import deque
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -83,11 +82,6 @@ class _Loop:
     def __init__(self, built: Built, manager: Manager, started: float):
         self.built, self.manager, self.settings = built, manager, built.run
         session.check_recipe(built, manager)
-        # The step and the first state both take seconds to compile: side by side, on two cores.
-        self.pool = ThreadPoolExecutor(1)
-        self.step: Future[Any] | None = None
-        if (manager.latest() or 0) < self.settings.steps:
-            self.step = self.pool.submit(built.compile_step)
         self.state, self.resumed, self.evaluation = session.first_state(built, manager)
         self.at = self.resumed or 0
         self.final_loss: float | None = None
@@ -112,14 +106,13 @@ class _Loop:
                 return self._result("finished", self._export(), None)
             return self._train()
         finally:
-            self.pool.shutdown(cancel_futures=True)
             self.out.close()
 
     def _train(self) -> Result:
         steps = self.settings.steps
         if self.resumed is not None:
             log.info("%s: going on from step %d of %d", self.built.directory, self.at, steps)
-        step = self.step.result() if self.step else self.built.compile_step()
+        step = self.built.compile_step()
         peak = total_peak(jax.devices(), self.settings.compute_dtype)
         self.meter.peak_flops = peak.flops
         self.out.event(self.at, "started", **writers.facts(steps, peak))
