@@ -4,6 +4,7 @@ import functools
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -153,3 +154,16 @@ def _on_mesh():
     placement = Layout(rules="fsdp_tensor").place()
     where = shardings(it.table, placement)
     return it.model({path: jax.device_put(value, where[path]) for path, value in it.params.items()})
+
+
+def test_bfloat16_scores_what_the_full_forward_scores():
+    it = tiny(NAME)
+    model = jax.tree.map(lambda p: p.astype(jnp.bfloat16), it.model())
+    prompt = PROMPTS[2]
+    (row,) = write([prompt], Sampling(max_new_tokens=NEW), decode=Decoder(model))
+    tokens = jnp.asarray([prompt + [token for token, _ in row]], jnp.int32)
+    full = jax.tree.map(lambda p: p.astype(jnp.bfloat16), it.model())
+    scores = jax.nn.log_softmax(full(tokens)[0][0], axis=-1)
+    for place, (token, score) in enumerate(row, len(prompt) - 1):
+        # bfloat16 rounds each layer's output; the two ways add in another order.
+        np.testing.assert_allclose(score, scores[place, token], rtol=0.05, atol=0.05)

@@ -147,3 +147,19 @@ def test_no_program_holds_all_logits():
     memory: Any = program.compile().memory_analysis()
     logits_bytes = 4 * b * t * v
     assert memory.temp_size_in_bytes < logits_bytes / 4
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_a_head_by_row_gives_the_same(dtype):
+    x, head, targets, weights = problem()
+    x, head = x.astype(dtype), head.astype(dtype)
+    by_column = with_gradient(functools.partial(cross_entropy, z_loss=0.01, tiles=3))
+    by_row = with_gradient(functools.partial(cross_entropy, z_loss=0.01, tiles=3, by_row=True))
+    (_, sums), (d_x, d_head) = by_column(x, head, targets, weights)
+    (_, turned), (d_x_turned, d_head_turned) = by_row(x, head.T, targets, weights)
+    np.testing.assert_allclose(turned, sums, rtol=1e-6)
+    near = 1e-6 if dtype == jnp.float32 else 0.01  # one rounding to bfloat16
+    for found, want in ((d_x_turned, d_x), (d_head_turned.T, d_head)):
+        np.testing.assert_allclose(
+            found.astype(jnp.float32), want.astype(jnp.float32), rtol=near, atol=near
+        )

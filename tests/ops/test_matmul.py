@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ropewalk.ops.matmul import project
+from ropewalk.ops.matmul import project, project_rows
 
 CASES = [
     ("btd,df->btf", (2, 3, 8), (8, 5), 1),
@@ -47,3 +47,19 @@ def test_the_weight_is_cast_to_the_activation():
     y = project(x, weight)
     assert y.dtype == jnp.bfloat16
     np.testing.assert_array_equal(y, 4.0)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize(("letters", "x_shape", "w_shape", "contract"), CASES)
+def test_the_weight_the_other_way_round_gives_the_same(letters, x_shape, w_shape, contract, dtype):
+    rng = np.random.default_rng(1)
+    x = jnp.asarray(rng.standard_normal(x_shape), dtype)
+    weight = jnp.asarray(rng.standard_normal(w_shape), dtype)
+    order = (*range(contract, weight.ndim), *range(contract))
+    turned = project_rows(x, jnp.transpose(weight, order), contract)
+    wanted = project(x, weight, contract)
+    assert turned.shape == wanted.shape and turned.dtype == dtype
+    near = 1e-5 if dtype == jnp.float32 else 0.02  # as above
+    np.testing.assert_allclose(
+        turned.astype(jnp.float32), wanted.astype(jnp.float32), rtol=near, atol=near
+    )

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from ropewalk.ops.matmul import project
+from ropewalk.ops.matmul import project, project_rows
 
 INIT_STD = 0.02
 
@@ -29,15 +29,29 @@ class Linear(nnx.Module):
         rngs: nnx.Rngs,
     ):
         self.contract = len(inner)
+        self.flipped = False
         value = std * jax.random.normal(rngs.params(), inner + outer, jnp.float32)
         self.weight = nnx.Param(value, axes=axes)
         self.bias = (
             nnx.Param(jnp.zeros(outer, jnp.float32), axes=axes[len(inner) :]) if bias else None
         )
 
+    def flip(self, dims: int) -> None:
+        """Stores the weight, whose last `dims` dims are inner and outer, with outer dims first."""
+        value = self.weight[...]
+        lead = value.ndim - dims
+        inner = tuple(range(lead, lead + self.contract))
+        outer = tuple(range(lead + self.contract, value.ndim))
+        order = (*range(lead), *outer, *inner)
+        axes = tuple(self.weight.get_metadata()["axes"])
+        swapped = (*axes[self.contract :], *axes[: self.contract])
+        self.weight = nnx.Param(jnp.transpose(value, order), axes=swapped)
+        self.flipped = True
+
     def __call__(self, x: jax.Array) -> jax.Array:
         """[..., inner] -> [..., outer], in x's dtype."""
-        y = project(x, self.weight[...], self.contract)
+        product = project_rows if self.flipped else project
+        y = product(x, self.weight[...], self.contract)
         return y if self.bias is None else y + self.bias[...].astype(y.dtype)
 
 

@@ -18,7 +18,7 @@ from ropewalk.layers.linear import Linear
 from ropewalk.layers.norm import RMSNorm
 from ropewalk.layers.stack import Stack, Unit, depth
 from ropewalk.ops import rope
-from ropewalk.ops.matmul import project
+from ropewalk.ops.matmul import project, project_rows
 from ropewalk.parallel.axes import kind, shard
 
 
@@ -66,12 +66,20 @@ class LM(nnx.Module):
 
     def unembed(self, x: jax.Array) -> jax.Array:
         """Logits float32 [..., v] of hidden states [..., d]."""
-        return project(x, self.head_params()).astype(jnp.float32)
+        product = project_rows if self.head_by_row else project
+        return product(x, self.head_params()).astype(jnp.float32)
 
     def head_params(self) -> jax.Array:
-        """The output head [d, v]: all that `unembed` needs, for losses that tile the vocabulary or
-        the tokens."""
-        return self.embed.weight[...].T if self.head is None else self.head.weight[...]
+        """The output head as it is stored: [v, d] where `head_by_row`, else [d, v].
+
+        It is all that `unembed` needs, for losses that tile the vocabulary or the tokens.
+        """
+        return self.embed.weight[...] if self.head is None else self.head.weight[...]
+
+    @property
+    def head_by_row(self) -> bool:
+        """Whether the head has a row a token: a tied embedding does."""
+        return self.head is None or self.head.flipped
 
     def __call__(
         self,

@@ -20,7 +20,12 @@ class NextToken(Config):
         `loss` in nats a token."""
         x, _, _ = model.hidden(batch["tokens"], batch["positions"], batch["segment_ids"])
         sums = cross_entropy(
-            x, model.head_params(), batch["targets"], batch["weights"], self.z_loss
+            x,
+            model.head_params(),
+            batch["targets"],
+            batch["weights"],
+            self.z_loss,
+            by_row=model.head_by_row,
         )
         return LossOutput(
             objective=Pair(sums.loss, sums.weight),

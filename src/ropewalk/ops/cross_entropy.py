@@ -39,15 +39,17 @@ def cross_entropy(
     weights: jax.Array,
     z_loss: float = 0.0,
     tiles: int | None = None,
+    by_row: bool = False,
 ) -> CrossEntropy:
     """Sums of -log p(target) + z_loss * log^2 Z, with logits = x @ head in float32. z-loss:
     arXiv:2204.02311 section 5.
 
-    x [b,t,d], head [d,v], targets int32 [b,t], weights float32 [b,t]. `tiles` divides t; by default
-    a tile's logits take about 32 MiB. Differentiable in x and head, through `loss`.
+    x [b,t,d], head [d,v] (or [v,d] `by_row`), targets int32 [b,t], weights float32 [b,t]. `tiles`
+    divides t; by default a tile's logits take about 32 MiB. Differentiable in x and head, through
+    `loss`.
     """
-    tiles = tiles or tile_count(x.shape[0], x.shape[1], head.shape[1])
-    return CrossEntropy(*_sums(tiles, z_loss, x, head, targets, weights))
+    tiles = tiles or tile_count(x.shape[0], x.shape[1], head.shape[0 if by_row else 1])
+    return CrossEntropy(*_sums(tiles, z_loss, by_row, x, head, targets, weights))
 
 
 def tile_count(batch: int, length: int, vocab: int) -> int:
@@ -56,11 +58,13 @@ def tile_count(batch: int, length: int, vocab: int) -> int:
     return next(n for n in range(1, length + 1) if length % n == 0 and (n >= wanted or n == length))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _sums(tiles, z_loss, x, head, targets, weights):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _sums(tiles, z_loss, by_row, x, head, targets, weights):
+    columns, _ = _both_ways(head, by_row)
+
     def body(sums, tile):
         x, targets, weights = tile
-        logits = _product(x, head, "bd,dv->bv")
+        logits = _product(x, columns, "bd,dv->bv")
         return sums + _tile_sums(
             logits, jax.nn.logsumexp(logits, axis=-1), targets, weights, z_loss
         ), None
@@ -69,18 +73,17 @@ def _sums(tiles, z_loss, x, head, targets, weights):
     return tuple(sums)
 
 
-def _sums_forward(tiles, z_loss, x, head, targets, weights):
+def _sums_forward(tiles, z_loss, by_row, x, head, targets, weights):
     """With e = exp(logits - max) and total = sum e, the gradient of the logits is, row by row,
     c * e but at the target, c = weight * (1 + 2 z_loss log Z) / total. The c is applied to the
     narrow side of both products, and the target's entry corrected in e: no second pass over it.
     """
-    on_cpu = platform() == "cpu"
-    head_rows = transposed(head) if on_cpu else jnp.swapaxes(head, 0, 1)
+    columns, rows = _both_ways(head, by_row)
 
     def body(carry, tile):
         sums, d_head = carry
         x, targets, weights = tile
-        logits = _product(x, head, "bd,dv->bv")
+        logits = _product(x, columns, "bd,dv->bv")
         top = jnp.max(logits, axis=-1, keepdims=True)
         e = jnp.exp(logits - top)
         total = jnp.sum(e, axis=-1)
@@ -89,26 +92,33 @@ def _sums_forward(tiles, z_loss, x, head, targets, weights):
         slope = 1 + 2 * z_loss * log_z
         c = (weights * slope / total)[..., None]
         d_logits = _minus_at(e.astype(x.dtype), targets, total / slope)
-        d_x = c * _product(d_logits, head_rows, "bv,vd->bd")
+        d_x = c * _product(d_logits, rows, "bv,vd->bd")
         scaled = (c * x.astype(jnp.float32)).astype(x.dtype)
-        if on_cpu:
+        if platform() == "cpu":
             d_head = d_head + _product(transposed(scaled), d_logits, "db,bv->dv")
         else:
             d_head = d_head + _product(scaled, d_logits, "bd,bv->dv")
         return (sums, d_head), d_x.astype(x.dtype)
 
-    start = (jnp.zeros(4, jnp.float32), jnp.zeros(head.shape, jnp.float32))
+    start = (jnp.zeros(4, jnp.float32), jnp.zeros(columns.shape, jnp.float32))
     (sums, d_head), d_x = jax.lax.scan(body, start, _tiled(tiles, x, targets, weights))
+    d_head = d_head.T if by_row else d_head
     return tuple(sums), (_untiled(d_x, x.shape), d_head, jnp.zeros((0,), head.dtype))
 
 
-def _sums_backward(tiles, z_loss, residuals, cotangents):
+def _sums_backward(tiles, z_loss, by_row, residuals, cotangents):
     d_x, d_head, like_head = residuals
     scale = cotangents[0]
     return (scale * d_x).astype(d_x.dtype), (scale * d_head).astype(like_head.dtype), None, None
 
 
 _sums.defvjp(_sums_forward, _sums_backward)
+
+
+def _both_ways(head, by_row):
+    """The head as [d, v] and as [v, d]; on a CPU each laid out so, since products want it."""
+    other = transposed(head) if platform() == "cpu" else jnp.swapaxes(head, 0, 1)
+    return (other, head) if by_row else (head, other)
 
 
 def _minus_at(e, targets, amount):

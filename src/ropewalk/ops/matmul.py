@@ -26,6 +26,25 @@ def project(x: jax.Array, weight: jax.Array, contract: int = 1) -> jax.Array:
     return product.reshape(*leading, *outer)
 
 
+def project_rows(x: jax.Array, weight: jax.Array, contract: int = 1) -> jax.Array:
+    """As `project` with the weight's dims the other way round: [..., in] x [out, in] -> [..., out].
+
+    Few rows of bfloat16 on a CPU read such a weight three times as fast.
+    """
+    first = weight.ndim - contract
+    outer, inner = weight.shape[:first], weight.shape[first:]
+    leading = x.shape[: x.ndim - contract]
+    weight = weight.astype(x.dtype)
+    if platform() != "cpu":
+        dims = (tuple(range(len(leading), x.ndim)), tuple(range(first, weight.ndim)))
+        return jax.lax.dot_general(x, weight, (dims, ((), ())))
+    flat = x.reshape(math.prod(leading), math.prod(inner))
+    rows = jnp.concatenate([flat, flat]) if _lonely(flat) else flat
+    table = weight.reshape(math.prod(outer), math.prod(inner))
+    product = jax.lax.dot_general(rows, table, (((1,), (1,)), ((), ())))
+    return product[: flat.shape[0]].reshape(*leading, *outer)
+
+
 def transposed(x: jax.Array) -> jax.Array:
     """x with its last two dims swapped, as a copy that XLA may not fold back into a product.
 
@@ -41,9 +60,13 @@ def _rows(x: jax.Array, weight: jax.Array) -> jax.Array:
     """
     if x.dtype != jnp.bfloat16:
         return x @ weight
-    if x.shape[0] == 1:
+    if _lonely(x):
         return (jnp.concatenate([x, x]) @ weight)[:1]
     return _narrow(x, weight)
+
+
+def _lonely(rows: jax.Array) -> bool:
+    return rows.shape[0] == 1 and rows.dtype == jnp.bfloat16
 
 
 @jax.custom_vjp
