@@ -14,7 +14,7 @@ import yaml
 
 from ropewalk.checkpoint import pretrained
 from ropewalk.checkpoint.manager import Manager
-from ropewalk.core.compilation import keep_programs
+from ropewalk.core.compilation import keep_programs, release_compiler_memory
 from ropewalk.core.errors import TrainingError
 from ropewalk.core.log import log
 from ropewalk.core.storage import owned, write_atomic
@@ -113,6 +113,7 @@ class _Loop:
         if self.resumed is not None:
             log.info("%s: going on from step %d of %d", self.built.directory, self.at, steps)
         step = self.built.compile_step()
+        release_compiler_memory()
         peak = total_peak(jax.devices(), self.settings.compute_dtype)
         self.meter.peak_flops = peak.flops
         self.out.event(self.at, "started", **writers.facts(steps, peak))
