@@ -60,11 +60,11 @@ def tile_count(batch: int, length: int, vocab: int) -> int:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def _sums(tiles, z_loss, by_row, x, head, targets, weights):
-    columns, _ = _both_ways(head, by_row)
+    to_logits = "bd,vd->bv" if by_row else "bd,dv->bv"
 
     def body(sums, tile):
         x, targets, weights = tile
-        logits = _product(x, columns, "bd,dv->bv")
+        logits = _product(x, head, to_logits)
         return sums + _tile_sums(
             logits, jax.nn.logsumexp(logits, axis=-1), targets, weights, z_loss
         ), None
@@ -78,12 +78,13 @@ def _sums_forward(tiles, z_loss, by_row, x, head, targets, weights):
     c * e but at the target, c = weight * (1 + 2 z_loss log Z) / total. The c is applied to the
     narrow side of both products, and the target's entry corrected in e: no second pass over it.
     """
-    columns, rows = _both_ways(head, by_row)
+    to_logits, to_x = ("bd,vd->bv", "bv,vd->bd") if by_row else ("bd,dv->bv", "bv,dv->bd")
+    shape = head.shape[::-1] if by_row else head.shape
 
     def body(carry, tile):
         sums, d_head = carry
         x, targets, weights = tile
-        logits = _product(x, columns, "bd,dv->bv")
+        logits = _product(x, head, to_logits)
         top = jnp.max(logits, axis=-1, keepdims=True)
         e = jnp.exp(logits - top)
         total = jnp.sum(e, axis=-1)
@@ -92,7 +93,7 @@ def _sums_forward(tiles, z_loss, by_row, x, head, targets, weights):
         slope = 1 + 2 * z_loss * log_z
         c = (weights * slope / total)[..., None]
         d_logits = _minus_at(e.astype(x.dtype), targets, total / slope)
-        d_x = c * _product(d_logits, rows, "bv,vd->bd")
+        d_x = c * _product(d_logits, head, to_x)
         scaled = (c * x.astype(jnp.float32)).astype(x.dtype)
         if platform() == "cpu":
             d_head = d_head + _product(transposed(scaled), d_logits, "db,bv->dv")
@@ -100,7 +101,7 @@ def _sums_forward(tiles, z_loss, by_row, x, head, targets, weights):
             d_head = d_head + _product(scaled, d_logits, "bd,bv->dv")
         return (sums, d_head), d_x.astype(x.dtype)
 
-    start = (jnp.zeros(4, jnp.float32), jnp.zeros(columns.shape, jnp.float32))
+    start = (jnp.zeros(4, jnp.float32), jnp.zeros(shape, jnp.float32))
     (sums, d_head), d_x = jax.lax.scan(body, start, _tiled(tiles, x, targets, weights))
     d_head = d_head.T if by_row else d_head
     return tuple(sums), (_untiled(d_x, x.shape), d_head, jnp.zeros((0,), head.dtype))
@@ -113,12 +114,6 @@ def _sums_backward(tiles, z_loss, by_row, residuals, cotangents):
 
 
 _sums.defvjp(_sums_forward, _sums_backward)
-
-
-def _both_ways(head, by_row):
-    """The head as [d, v] and as [v, d]; on a CPU each laid out so, since products want it."""
-    other = transposed(head) if platform() == "cpu" else jnp.swapaxes(head, 0, 1)
-    return (other, head) if by_row else (head, other)
 
 
 def _minus_at(e, targets, amount):
