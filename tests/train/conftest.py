@@ -15,6 +15,7 @@ def described(tmp_path: Path) -> Callable[..., Run]:
         "metrics.progress=none",
         "samples.every=null",
         "data.holdout=null",
+        "evaluate.every=null",
         "optimizer.schedule={kind: constant}",
         f"directory={tmp_path / 'run'}",
     )

@@ -25,18 +25,15 @@ class Comparison:
     compared: int
     logits: float
     """largest absolute difference; NaN where the models are too different to compare"""
+    positions: int
+    """how many the logits were compared at"""
     tokenizer: str
     """`same`, `different`, or `absent`"""
 
     def same(self, tolerance: float) -> bool:
-        """Whether nothing differs but logits within the tolerance and the rounding of tensors
-        behind them."""
-        return (
-            not self.config
-            and not self.missing
-            and self.tokenizer != "different"
-            and self.logits <= tolerance
-        )
+        """Whether nothing differs but tensors and logits, and those by no more than `tolerance`."""
+        close = all(difference <= tolerance for difference in (*self.tensors.values(), self.logits))
+        return close and not self.config and not self.missing and self.tokenizer != "different"
 
     def summary(self) -> dict[str, Any]:
         """Everything, for JSON."""
@@ -58,7 +55,9 @@ class Comparison:
         ]
         exact = self.compared - len(self.tensors)
         found.append(f"tensors: {exact} of {self.compared} equal bit for bit in float32")
-        found.append(f"logits over {_POSITIONS} positions: largest difference {self.logits:.3g}")
+        found.append(
+            f"logits over {self.positions} positions: largest difference {self.logits:.3g}"
+        )
         return [*found, f"tokenizer: {self.tokenizer}"]
 
 
@@ -81,6 +80,7 @@ def compare(model: str | Path, against: str | Path) -> Comparison:
         tensors={path: value for path, value in differences.items() if value != 0},
         compared=len(both),
         logits=float("nan") if missing or config else _logit_difference(ours, theirs),
+        positions=min(_POSITIONS, ours.config.max_position_embeddings),
         tokenizer=_tokenizers(ours, theirs),
     )
 

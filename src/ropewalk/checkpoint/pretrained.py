@@ -2,7 +2,7 @@
 checkpoint, a GGUF file, a preset."""
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,8 @@ from ropewalk import models
 from ropewalk.checkpoint import gguf, hf, manager, weights
 from ropewalk.checkpoint.integrity import MANIFEST, read_manifest
 from ropewalk.core import dtypes
-from ropewalk.core.errors import ConfigError, ModelError
+from ropewalk.core.errors import CheckpointError, ConfigError, ModelError
+from ropewalk.core.log import log
 from ropewalk.layers.decode import Decoder, Sampling
 from ropewalk.layers.lm import table, with_parameters
 from ropewalk.text import parts
@@ -119,6 +120,10 @@ class Pretrained:
         """A prompt's ids, with BOS where the tokenizer puts it; an empty prompt is BOS alone where
         there is one."""
         tokenizer = self.require_tokenizer()
+        try:
+            prompt.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise ModelError(f"the prompt is not text: {error}; give it as UTF-8") from None
         ids = tokenizer.encode_prompt(prompt)
         return ids or ([tokenizer.bos_id] if tokenizer.bos_id is not None else [])
 
@@ -171,8 +176,10 @@ def load(source: str | Path, dtype: str | None = None) -> Pretrained:
     if path.is_file() and path.suffix == ".gguf":
         return _from_gguf(path, kept or "float32")
     if path.is_dir():
-        checkpoint = _checkpoint_in(path)
-        return _from_checkpoint(checkpoint, kept) if checkpoint else _from_hf(path, kept)
+        checkpoints = _checkpoints_in(path)
+        if checkpoints:
+            return _first_good(checkpoints, lambda step: _from_checkpoint(step, kept))
+        return _from_hf(path, kept)
     presets = models.presets()
     if str(source) in presets:
         return _from_preset(str(source), kept or "float32")
@@ -190,9 +197,9 @@ def describe(path: Path) -> tuple[str, models.Named, dict[str, Any]] | None:
         return "GGUF file", models.from_hf(file.config, str(path)), file.tensors
     if not path.is_dir():
         return None
-    checkpoint = _checkpoint_in(path)
-    if checkpoint:
-        manifest = read_manifest(checkpoint)
+    checkpoints = _checkpoints_in(path)
+    if checkpoints:
+        manifest = _first_good(checkpoints, read_manifest)
         return "checkpoint", models.from_recipe(manifest.recipe["model"]), manifest.arrays
     if not (path / hf.CONFIG).exists():
         return None
@@ -204,15 +211,30 @@ def describe(path: Path) -> tuple[str, models.Named, dict[str, Any]] | None:
     )
 
 
-def _checkpoint_in(path: Path) -> Path | None:
-    """A step's directory: the path itself, or the newest one of a run or of its `checkpoints`."""
+def _checkpoints_in(path: Path) -> list[Path]:
+    """Directories of steps: the path itself, or those of a run or its `checkpoints`, newest
+    first."""
     if (path / MANIFEST).is_file():
-        return path
-    for place in (path, path / CHECKPOINTS):
-        steps = manager.steps(place) if place.is_dir() else []
-        if steps:
-            return place / str(steps[-1])
-    return None
+        return [path]
+    places = [place for place in (path, path / CHECKPOINTS) if place.is_dir()]
+    return [place / str(step) for place in places for step in reversed(manager.steps(place))]
+
+
+def _first_good[T](candidates: list[Path], read: Callable[[Path], T]) -> T:
+    """What `read` gives for the first candidate that is whole; passes over others with a warning.
+
+    Raises the first one's CheckpointError when none is.
+    """
+    failures: list[CheckpointError] = []
+    for candidate in candidates:
+        try:
+            result = read(candidate)
+        except CheckpointError as error:
+            failures.append(error)
+            log.warning("%s; trying the step before", error)
+            continue
+        return result
+    raise failures[0]
 
 
 def _from_hf(path: Path, dtype: str | None) -> Pretrained:

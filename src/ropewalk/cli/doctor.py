@@ -17,7 +17,7 @@ _PACKAGES = (
     "tokenizers", "sentencepiece", "safetensors", "jinja2", "gguf", "tensorboardX", "pyarrow",
     "array-record",
 )  # fmt: skip
-_EXTRAS = {"wandb": ("wandb", "writing to Weights & Biases")}
+_EXTRAS = {"wandb": "writing to Weights & Biases"}
 
 
 def doctor(as_json: Annotated[bool, typer.Option("--json")] = False) -> None:
@@ -28,8 +28,8 @@ def doctor(as_json: Annotated[bool, typer.Option("--json")] = False) -> None:
     advice = [f"{name} is missing: pip install {name}" for name in missing]
     advice += _accelerator_advice(facts)
     advice += [
-        f"{package} is absent ({purpose} needs it): pip install 'ropewalk[{extra}]'"
-        for extra, (package, purpose) in _EXTRAS.items()
+        f"{package} is absent ({purpose} needs it): uv pip install {package}"
+        for package, purpose in _EXTRAS.items()
         if importlib.util.find_spec(package) is None
     ]
     if as_json:

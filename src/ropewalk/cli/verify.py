@@ -13,7 +13,7 @@ def verify(
     ],
     against: Annotated[str, typer.Option(help="the Hugging Face directory it should equal")],
     tolerance: Annotated[
-        float, typer.Option(min=0.0, help="largest difference of logits in float32")
+        float, typer.Option(min=0.0, help="largest difference of tensors and logits")
     ] = 1e-4,
     as_json: Annotated[bool, typer.Option("--json")] = False,
 ) -> None:

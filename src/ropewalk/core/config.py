@@ -5,7 +5,7 @@ Knows nothing of what the keys mean; every room declares its own `Config` subcla
 """
 
 import difflib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import UnionType
 from typing import Any, Self, Union, get_args, get_origin
@@ -19,7 +19,9 @@ from ropewalk.core.errors import ConfigError
 class Config(pydantic.BaseModel):
     """Base of every configuration: immutable, and an unknown key is an error."""
 
-    model_config = pydantic.ConfigDict(frozen=True, extra="forbid", validate_default=True)
+    model_config = pydantic.ConfigDict(
+        frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False
+    )
 
     @classmethod
     def parse(cls, values: dict[str, Any], source: str = "the configuration") -> Self:
@@ -57,10 +59,13 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     return values
 
 
-def override(values: dict[str, Any], assignments: Sequence[str]) -> dict[str, Any]:
+def override(
+    values: dict[str, Any], assignments: Sequence[str], shorthands: Mapping[str, str] | None = None
+) -> dict[str, Any]:
     """Returns `values` with `key.sub=value` assignments applied; each value is read as YAML.
 
-    A scalar that stands where an assignment needs a mapping is replaced by one.
+    A scalar that stands where an assignment needs a mapping becomes one: under the key that
+    `shorthands` names for it (`{"layout": "rules"}`), else an empty one.
     """
     result = _copied(values)
     for assignment in assignments:
@@ -74,7 +79,9 @@ def override(values: dict[str, Any], assignments: Sequence[str]) -> dict[str, An
         place = result
         for parent in parents:
             if not isinstance(place.get(parent), dict):
-                place[parent] = {}
+                under = (shorthands or {}).get(parent)
+                known = under is not None and place.get(parent) is not None
+                place[parent] = {under: place[parent]} if known else {}
             place = place[parent]
         place[last] = _scalar(text)
     return result

@@ -32,11 +32,11 @@ class Sampling(Config):
     max_new_tokens: int = pydantic.Field(default=128, ge=1)
     temperature: float = pydantic.Field(default=0.0, ge=0)
     """0 takes the most likely token every time"""
-    top_k: int = pydantic.Field(default=0, ge=0)
+    top_k: int = pydantic.Field(default=0, ge=0, lt=2**31)
     """only the k most likely tokens; 0 = all"""
     top_p: float = pydantic.Field(default=1.0, gt=0, le=1)
     """only the most likely tokens that together have this probability"""
-    seed: int = 0
+    seed: int = pydantic.Field(default=0, ge=0, lt=2**32)
 
 
 class Emitted(NamedTuple):

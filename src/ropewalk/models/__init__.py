@@ -66,6 +66,11 @@ def from_recipe(values: dict[str, Any]) -> Named:
                 f"{', '.join(known)}"
             )
         module, config = known[preset]
+        if name is not None and name != config.family():
+            raise ConfigError(
+                f"model.preset `{preset}` is of the family {config.family()} and model.family is "
+                f"{name}; remove one of them"
+            )
         return Named(module, module.Config.parse({**config.model_dump(), **values}, "model"))
     if name is None:
         raise ConfigError(

@@ -44,4 +44,5 @@ class Optimizer(Config):
             peak = self.matrix_learning_rate or self.learning_rate
             matrix_rate = self.schedule.build(peak, steps)
             rule = muon.build(matrix_rate, rule, self.epsilon, self.weight_decay, mask, table)
-        return optax.chain(optax.clip_by_global_norm(self.clip), rule) if self.clip else rule
+        clip = optax.clip_by_global_norm(self.clip) if self.clip else optax.identity()
+        return optax.chain(clip, rule)

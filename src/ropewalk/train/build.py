@@ -12,10 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
-from jax.experimental import multihost_utils
 
 from ropewalk import models
 from ropewalk.checkpoint import pretrained
+from ropewalk.core.config import read_yaml
 from ropewalk.core.errors import ConfigError, DataError, LayoutError
 from ropewalk.core.paths import Spec
 from ropewalk.data import pipeline
@@ -26,11 +26,12 @@ from ropewalk.text import bpe
 from ropewalk.text import tokenizer as tokenizers
 from ropewalk.text.tokenizer import Tokenizer
 from ropewalk.train import state as states
-from ropewalk.train.evaluate import Evaluator
+from ropewalk.train.evaluate import MEASURES, Evaluator
 from ropewalk.train.run import Run
 from ropewalk.train.state import State
 from ropewalk.train.step import make_step
 
+RECIPE = "recipe.yml"
 BATCH_DTYPES = {
     "tokens": "int32",
     "targets": "int32",
@@ -149,7 +150,7 @@ def build(run: Run) -> Built:
     placement = run.layout.place()
     _divides(run, placement)
     start = pretrained.load(run.model["path"]) if "path" in run.model else None
-    tokenizer = _tokenizer(run)
+    tokenizer = tokenizer_of(run)
     named = _named(run, start, tokenizer)
     process, processes = _rows_of(placement, run.data.batch_size)
     batches = pipeline.Batches(run.data, tokenizer, process, processes)
@@ -165,6 +166,7 @@ def build(run: Run) -> Built:
             f"data.length = {run.data.length} is longer than model.max_position_embeddings = "
             f"{config.max_position_embeddings}; shorten the one or raise the other"
         )
+    _evaluable(run, config.max_position_embeddings)
     heldout = None
     if run.data.holdout is not None and tokenizer is not None:
         heldout = Heldout(run.data, tokenizer, None, process, processes)
@@ -180,15 +182,21 @@ def model_of(run: Run) -> models.Named:
 
 
 def tokenizer_of(run: Run) -> Tokenizer | None:
-    """The run's tokenizer, made anew unless the run keeps one; nothing is written."""
-    home = Path(run.directory) / pretrained.TOKENIZER
-    if home.is_dir():
-        return tokenizers.load(home)
+    """The run's tokenizer: kept from its start, or made as the recipe says; nothing is written."""
+    if keeps_tokenizer(run):
+        return tokenizers.load(Path(run.directory) / pretrained.TOKENIZER)
     if run.tokenizer.path is not None:
         return tokenizers.load(run.tokenizer.path)
     if run.tokenizer.bpe is not None:
         return bpe.train(pipeline.texts(run.data), run.tokenizer.bpe)
     return pretrained.load(run.model["path"]).tokenizer if "path" in run.model else None
+
+
+def keeps_tokenizer(run: Run) -> bool:
+    """Whether the run directory holds the tokenizer that this recipe and no other asked for."""
+    recipe, home = Path(run.directory) / RECIPE, Path(run.directory) / pretrained.TOKENIZER
+    named = run.tokenizer.model_dump(mode="json")
+    return home.is_dir() and recipe.is_file() and read_yaml(recipe).get("tokenizer") == named
 
 
 def _module(named: models.Named, run: Run, placement: Placement) -> Any:
@@ -214,21 +222,23 @@ def _named(
     return models.from_recipe(values)
 
 
-def _tokenizer(run: Run) -> Tokenizer | None:
-    """The run's tokenizer, which the first process makes and keeps in the run directory for all."""
-    if jax.process_count() == 1:
-        return _own_tokenizer(run)
-    tokenizer = _own_tokenizer(run) if jax.process_index() == 0 else None
-    multihost_utils.sync_global_devices("tokenizer")
-    return tokenizer or _own_tokenizer(run)
-
-
-def _own_tokenizer(run: Run) -> Tokenizer | None:
-    """Made once, then kept in the run directory."""
-    tokenizer, home = tokenizer_of(run), Path(run.directory) / pretrained.TOKENIZER
-    if tokenizer is not None and not home.is_dir():
-        tokenizer.save(home)
-    return tokenizer
+def _evaluable(run: Run, positions: int) -> None:
+    """Refuses evaluation of nothing, and samples that no position is left for."""
+    wanted = {"every": run.evaluate.every, "target_loss": run.evaluate.target_loss}
+    asked = [f"evaluate.{key}" for key, value in wanted.items() if value is not None]
+    if run.data.holdout is None and asked:
+        raise ConfigError(f"{asked[0]} is set and data.holdout is not: nothing is held out for it")
+    best = run.checkpoint.best_metric
+    if best is not None and best not in MEASURES:
+        raise ConfigError(
+            f"checkpoint.best_metric = {best}: no evaluation gives that; it gives "
+            f"{', '.join(MEASURES)}"
+        )
+    if run.samples.every and run.samples.max_new_tokens >= positions:
+        raise ConfigError(
+            f"samples.max_new_tokens = {run.samples.max_new_tokens} leaves no room for a prompt in "
+            f"the model's {positions} positions; lower it"
+        )
 
 
 def _divides(run: Run, placement: Placement) -> None:

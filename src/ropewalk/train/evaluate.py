@@ -15,6 +15,8 @@ from ropewalk.losses.output import Pair
 from ropewalk.parallel.axes import Placement, placed
 from ropewalk.train.step import Loss
 
+MEASURES = ("eval_loss", "eval_perplexity", "eval_bits_per_byte", "eval_accuracy")
+
 Place = Callable[[dict[str, np.ndarray]], dict[str, jax.Array]]
 
 

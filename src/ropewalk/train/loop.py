@@ -10,15 +10,14 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import jax
-import yaml
+import jax.numpy as jnp
 
 from ropewalk.checkpoint import pretrained
 from ropewalk.checkpoint.manager import Manager
 from ropewalk.core.compilation import keep_programs, release_compiler_memory
 from ropewalk.core.errors import TrainingError
 from ropewalk.core.log import log
-from ropewalk.core.storage import owned, write_atomic
-from ropewalk.data.stats import Batch
+from ropewalk.core.storage import owned
 from ropewalk.layers.decode import Decoder, Sampling
 from ropewalk.layers.lm import with_parameters
 from ropewalk.metrics import writers
@@ -88,10 +87,7 @@ class _Loop:
         self.out = writers.open_writers(
             self.settings.metrics, built.directory, self.settings.steps, self.resumed, built.recipe
         )
-        if jax.process_index() == 0:
-            write_atomic(
-                built.directory / session.RECIPE, yaml.safe_dump(built.recipe, sort_keys=False)
-            )
+        session.keep_recipe(built)
         self.evaluator = built.evaluator()
         self.decoder: Decoder | None = None
         self.recent: deque[Any] = deque(maxlen=self.settings.stop_after_skipped)
@@ -105,6 +101,11 @@ class _Loop:
                 log.info("%s is finished: %d steps. Nothing to do.", self.built.directory, self.at)
                 return self._result("finished", self._export(), None)
             return self._train()
+        except TrainingError as error:
+            self.out.event(self.at, "failed", reason=str(error))
+            if jax.process_index() == 0:
+                write_report(self.built.directory)
+            raise
         finally:
             self.out.close()
 
@@ -123,7 +124,11 @@ class _Loop:
         waiting = None
         with session.signals() as asked:
             while self.at < steps:
-                batch = self._next_batch()
+                batch = next(self.built.batches, None)
+                if batch is None:
+                    if waiting is not None:
+                        self._write(*waiting)
+                    self._data_ended(self.at)
                 self.state, metrics = step(self.state, self.built.place(batch.arrays))
                 self.at += 1
                 self.recent.append((self.at, batch))
@@ -141,12 +146,6 @@ class _Loop:
                     self.out.event(self.at, "stopped", signal=signal.Signals(stop).name)
                     return self._result("stopped", None, stop)
         return self._finish("finished" if self.at >= steps else "target")
-
-    def _next_batch(self) -> Batch:
-        batch = next(self.built.batches, None)
-        if batch is None:
-            self._data_ended(self.at)
-        return batch
 
     def _due(self) -> bool:
         cadences = (
@@ -205,6 +204,12 @@ class _Loop:
         return sorted({name for row in rows for name in row})
 
     def _give_up(self, at: int, row: int) -> None:
+        # Whoever goes on from here with other values gets the whole allowance again.
+        fresh = {
+            **self.state.extra,
+            "skipped_in_a_row": jnp.zeros_like(self.state.extra["skipped"]),
+        }
+        self.state = dataclasses.replace(self.state, extra=fresh)
         self._save(wait=True)
         where = "of several processes, none can look at every layer alone"
         batch = next((batch for step, batch in self.recent if step == at), None)

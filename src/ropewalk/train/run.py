@@ -105,6 +105,10 @@ class Run(Config):
         return "float32" if self.precision == "float32" else "bfloat16"
 
 
+# What a bare value stands for where a recipe may give one in place of a mapping.
+_SHORTHANDS = {"layout": "rules", "tokenizer": "path"}
+
+
 def read(recipe: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Run:
     """The run that a recipe (a file, or the name of a bundled one) and `key=value` overrides
     describe.
@@ -112,7 +116,7 @@ def read(recipe: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Run:
     Raises ConfigError naming file, key and fix.
     """
     path = find(recipe)
-    values = override(read_yaml(path), overrides)
+    values = override(read_yaml(path), overrides, _SHORTHANDS)
     values.setdefault("directory", str(Path("runs") / path.stem))
     return Run.parse(values, str(recipe))
 

@@ -3,6 +3,7 @@ use."""
 
 import contextlib
 import glob
+import shutil
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 import jax
 import numpy as np
+import yaml
 from jax.experimental import multihost_utils
 
 from ropewalk.checkpoint import pretrained
@@ -18,16 +20,16 @@ from ropewalk.checkpoint.manager import Manager, Restored
 from ropewalk.core.config import flatten
 from ropewalk.core.errors import CheckpointError, ConfigError
 from ropewalk.core.log import log
-from ropewalk.core.storage import LOCK
+from ropewalk.core.storage import LOCK, write_atomic
 from ropewalk.train import state as states
-from ropewalk.train.build import Built
+from ropewalk.train.build import RECIPE, Built, keeps_tokenizer
 from ropewalk.train.state import State
 
-RECIPE = "recipe.yml"
 EXPORT = "hf"
 # A checkpoint made with other values of these is not this run's: its weights, data or optimizer
 # mean something else.
 _FIXED = ("model", "tokenizer", "data", "optimizer.kind", "precision", "seed")
+_FREE = ("data.epochs",)
 
 
 def first_state(built: Built, manager: Manager) -> tuple[State, int | None, dict[str, float]]:
@@ -41,6 +43,17 @@ def first_state(built: Built, manager: Manager) -> tuple[State, int | None, dict
     if restored is None:
         return _begin(built), None, {}
     return _resume(built, restored), restored.step, _metrics(built, restored.step)
+
+
+def keep_recipe(built: Built) -> None:
+    """Writes the tokenizer and then the recipe that names it into the run directory."""
+    if jax.process_index() != 0:
+        return
+    if built.tokenizer is not None and not keeps_tokenizer(built.run):
+        home = built.directory / pretrained.TOKENIZER
+        shutil.rmtree(home, ignore_errors=True)  # of a start with another recipe, never trained
+        built.tokenizer.save(home)
+    write_atomic(built.directory / RECIPE, yaml.safe_dump(built.recipe, sort_keys=False))
 
 
 def check_directory(directory: Path) -> None:
@@ -134,7 +147,11 @@ def check_recipe(built: Built, manager: Manager) -> None:
     old, new = flatten(saved), flatten(built.recipe)
     changed = [key for key in {**old, **new} if old.get(key) != new.get(key) and key != "directory"]
     told = [f"{key} was {old.get(key)}, is {new.get(key)}" for key in changed]
-    refused = [text for key, text in zip(changed, told, strict=True) if key.startswith(_FIXED)]
+    refused = [
+        text
+        for key, text in zip(changed, told, strict=True)
+        if key.startswith(_FIXED) and key not in _FREE
+    ]
     if refused:
         raise CheckpointError(
             f"{built.directory} was begun with another recipe: {'; '.join(refused)}. These cannot "

@@ -8,6 +8,7 @@ import pydantic
 from flax import nnx
 
 from ropewalk.core.config import Config
+from ropewalk.core.errors import LayoutError
 from ropewalk.core.log import log
 from ropewalk.layers.attention import Attention
 from ropewalk.layers.lm import LM
@@ -41,7 +42,16 @@ class Layout(Config):
         """The mesh over all devices, with the rules. Raises LayoutError when it does not fit
         them."""
         sizes = self.mesh or mesh.default_sizes(self.rules, jax.device_count())
-        return Placement(mesh.build(sizes), RULES[self.rules])
+        built, rules = mesh.build(sizes), RULES[self.rules]
+        named = {axis for axes in rules.values() for axis in axes}
+        idle = [axis for axis, size in built.shape.items() if size > 1 and axis not in named]
+        if idle:
+            raise LayoutError(
+                f"layout.mesh has {built.shape[idle[0]]} devices along `{idle[0]}`, and "
+                f"layout.rules = {self.rules} spreads nothing over it: they would repeat each "
+                "other's work. Choose rules that name it, or other axes"
+            )
+        return Placement(built, rules)
 
     def apply(self, model: LM, placement: Placement) -> LM:
         """Sets how the model runs where it is placed; returns the same model."""
