@@ -156,3 +156,16 @@ def test_a_file_that_is_not_there_is_refused_and_an_empty_one_is_no_values(tmp_p
         read_yaml(tmp_path / "none.yml")
     (tmp_path / "empty.yml").write_text("# nothing\n")
     assert read_yaml(tmp_path / "empty.yml") == {}
+
+
+def test_a_shorthand_that_is_opened_keeps_what_it_said():
+    values = {"layout": "fsdp_tensor", "other": "text"}
+    opened = override(values, ["layout.mesh={fsdp: -1}", "other.key=1"], {"layout": "rules"})
+    assert opened["layout"] == {"rules": "fsdp_tensor", "mesh": {"fsdp": -1}}
+    assert opened["other"] == {"key": 1}
+
+
+def test_numbers_that_are_none_are_refused():
+    for value in (float("nan"), float("inf")):
+        with pytest.raises(ConfigError, match=r"inner\.rate"):
+            Outer.parse({"name": "x", "inner": {"rate": value}})
