@@ -6,8 +6,10 @@ device count or scan mode, and a `manifest.json` that is part of the commit. Kno
 
 import contextlib
 import dataclasses
+import errno
 import json
 import logging
+import os
 import shutil
 from collections.abc import Mapping
 from typing import Any, Literal
@@ -26,6 +28,8 @@ from ropewalk.core.log import log
 
 # Orbax logs a failed write up to ten times with its traceback; it also raises it, and so do we.
 logging.getLogger("absl").addFilter(lambda record: "/orbax/" not in record.pathname)
+
+_DISK_ERRORS = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO)
 
 
 class Config(config.Config):
@@ -406,7 +410,12 @@ def _warn_of_fallback(reasons: dict[int, str], chosen: int) -> None:
 
 
 def _brief(error: BaseException) -> str:
-    """Type and first line of an error of Orbax, whose long lines say what happened at their end."""
+    """Type and first line of an error of Orbax, cut where it is long.
+
+    The system's own word for it ("No space left on device") comes first, wherever it stood.
+    """
     line = (str(error).strip().splitlines() or [""])[0]
     text = line if len(line) <= 400 else f"{line[:150]} ... {line[-250:]}"
-    return f"{type(error).__name__}: {text}"
+    said = next((os.strerror(n) for n in _DISK_ERRORS if os.strerror(n) in str(error)), None)
+    cause = f"{said}: " if said is not None and said not in text else ""
+    return f"{cause}{type(error).__name__}: {text}"
