@@ -262,3 +262,17 @@ def test_an_error_in_the_middle_of_the_stream_reaches_the_reader(tmp_path: Path)
     file.write_text('{"text": "fine"}\n{"text": "broken\n')
     with pytest.raises(DataError, match=r"a\.jsonl:2: not valid JSON"):
         take(Batches(config(file), BYTE), 3)
+
+
+def test_processes_agree_on_all_but_their_own_rows(corpus: Path) -> None:
+    """A checkpoint joins their states key by key, also where one has begun the next epoch."""
+    settings = config(corpus)
+    readers = [Batches(settings, BYTE, p, 4) for p in range(4)]
+    for _ in range(400):
+        for reader in readers:
+            next(reader)
+        shared = [
+            {key: value for key, value in reader.get_state().items() if key != "lanes"}
+            for reader in readers
+        ]
+        assert all(state == shared[0] for state in shared)

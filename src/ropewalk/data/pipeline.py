@@ -95,8 +95,6 @@ class Batches(Iterator[Batch]):
             "bytes": [entry.bytes for entry in records],
             "vocab_size": self.max_token_id + 1,
         }
-        self._epoch = plan.epoch
-        self._lanes = plan.lanes
         rows = _Rows(plan, mine, ends=processes == 1)
         prefetch = grain.experimental.ThreadPrefetchIterDataset(rows, prefetch_buffer_size=PREFETCH)
         # grain's iterator must go before the interpreter's modules do: its destructor needs them
@@ -116,11 +114,9 @@ class Batches(Iterator[Batch]):
         """Where the stream is, as JSON values: right after the last batch handed out, for the
         lanes of this process; `merge_states` joins those of several."""
         state = self._iterator.get_state()
-        furthest = max(lane[0] for lane in state["lanes"].values())
         return {
             "data": self._fingerprint,
             "batches": state["batches"],
-            "epoch": furthest * self._lanes // self._epoch,
             "lanes": state["lanes"],
         }
 
@@ -156,7 +152,6 @@ def merge_states(states: Sequence[dict[str, Any]]) -> dict[str, Any]:
         lanes.update(state["lanes"])
     return {
         **states[0],
-        "epoch": max(state["epoch"] for state in states),
         "lanes": {lane: lanes[lane] for lane in sorted(lanes, key=int)},
     }
 
