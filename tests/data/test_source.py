@@ -1,9 +1,6 @@
-import json
-
 import pytest
 
-from ropewalk import recipes
-from ropewalk.core.errors import ConfigError, DataError
+from ropewalk.core.errors import DataError
 from ropewalk.data import formats, source
 from ropewalk.data.holdout import Heldout
 from tests.data.corpora import BYTE, config
@@ -11,7 +8,7 @@ from tests.data.corpora import BYTE, config
 
 def test_the_bundled_corpus_is_whole() -> None:
     file = source.bundled("shakespeare")
-    assert source.resolve("bundled:shakespeare") == [file] == [recipes.corpus("shakespeare")]
+    assert source.resolve("bundled:shakespeare") == [file]
     documents = formats.open_files([file], "text", "title")
     assert len(documents) == 42
     assert int(documents.bounds.sum()) == sum(len(documents.text(i).encode()) for i in range(42))
@@ -31,12 +28,3 @@ def test_an_unknown_corpus_names_the_nearest() -> None:
         source.resolve("bundled:shakspeare")
     with pytest.raises(DataError, match=r"there is .*shakespeare"):
         source.resolve("bundled:x")
-
-
-def test_recipes_are_found_by_name_and_by_path(tmp_path, monkeypatch) -> None:
-    assert "tiny" in recipes.names() and recipes.find("tiny").name == "tiny.yml"
-    own = tmp_path / "own.yml"
-    own.write_text(json.dumps({}))
-    assert recipes.find(str(own)) == own
-    with pytest.raises(ConfigError, match="did you mean `tiny`"):
-        recipes.find("tinny")

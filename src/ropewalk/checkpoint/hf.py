@@ -15,20 +15,11 @@ from ropewalk.checkpoint import safetensors
 from ropewalk.checkpoint.weights import Tensor
 from ropewalk.core import dtypes
 from ropewalk.core.errors import ModelError
+from ropewalk.text.tokenizer import FILES
 
 CONFIG = "config.json"
 GENERATION_CONFIG = "generation_config.json"
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-    "chat_template.json",
-)
+TOKENIZER_FILES = (*FILES, "chat_template.json")
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 

@@ -52,6 +52,7 @@ class Restored:
     state: Any
     recipe: dict[str, Any]
     data_state: dict[str, Any]
+    metrics: dict[str, float]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,7 +145,9 @@ class Manager:
             if manifest is not None and reason is None:
                 _warn_of_fallback(reasons, candidate)
                 restored = paths.unflatten(abstract_state, arrays)
-                return Restored(candidate, restored, manifest.recipe, manifest.data_state)
+                return Restored(
+                    candidate, restored, manifest.recipe, manifest.data_state, manifest.metrics
+                )
             reasons[candidate] = reason or ""
             self._damaged.add(candidate)
         if not reasons:

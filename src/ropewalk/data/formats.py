@@ -12,6 +12,7 @@ import lzma
 import mmap
 import tempfile
 import zlib
+from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -37,7 +38,7 @@ _CACHE_BYTES = 64 << 20
 _CORRUPT = (OSError, EOFError, zlib.error, lzma.LZMAError)
 
 
-class Part:
+class Part(ABC):
     """The documents of one file.
 
     `bounds` int64 [documents] is the number of bytes each takes at most; `labels`, where asked for,
@@ -47,17 +48,17 @@ class Part:
     bounds: np.ndarray
     labels: Sequence[str | None] | None = None
 
+    @abstractmethod
     def text(self, i: int) -> bytes:
         """All UTF-8 bytes of a document."""
-        raise NotImplementedError
 
     def read(self, i: int, start: int, stop: int) -> bytes | None:
         """Some bytes of a document, or None where only `text` is quick."""
         return None
 
+    @abstractmethod
     def name(self, i: int) -> str:
         """Where the document stands, for messages."""
-        raise NotImplementedError
 
 
 class Documents:
@@ -234,9 +235,9 @@ class Spooled(Part):
 class RecordFile(Part):
     """A file whose records are parsed when they are asked for."""
 
+    @abstractmethod
     def record(self, i: int) -> dict[str, Any]:
         """One record as a mapping of columns."""
-        raise NotImplementedError
 
 
 class JsonLines(RecordFile):

@@ -3,7 +3,6 @@ step."""
 
 import dataclasses
 import functools
-import math
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +75,7 @@ class Built:
         return table(self.structure)
 
     def fresh(self) -> State:
-        """The state before the first step; traceable unless the run starts from a model."""
+        """The state before the first step, with random weights; traceable."""
         model = _module(self.named, self.run, self.placement)
         return states.fresh(model, self.optimizer, self.run.weights_dtype)
 
@@ -263,7 +262,7 @@ def _rows_of(placement: Placement, size: int) -> tuple[int, int]:
     first = min(row.start or 0 for row in rows)
     last = max(size if row.stop is None else row.stop for row in rows)
     count = last - first
-    if size % count or first % count or math.ceil(size / count) * count != size:
+    if size % count or first % count:
         raise ConfigError(
             f"layout.mesh gives this process rows {first} to {last} of {size}, which is no even "
             "share"

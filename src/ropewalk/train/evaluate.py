@@ -12,6 +12,7 @@ import numpy as np
 from ropewalk.data.stats import Batch
 from ropewalk.layers.lm import with_parameters
 from ropewalk.losses.output import Pair
+from ropewalk.metrics.meter import Means
 from ropewalk.parallel.axes import Placement, placed
 from ropewalk.train.step import Loss
 
@@ -47,14 +48,12 @@ class Evaluator:
     def __call__(self, params: dict[str, jax.Array], place: Place) -> dict[str, float]:
         """eval_loss (nats a token), eval_perplexity, eval_accuracy, eval_bits_per_byte over the
         whole split."""
-        total: dict[str, np.ndarray] = {}
+        total = Means()
         for batch in self._batches:
             arrays = dict(batch.arrays)
             arrays["bytes"] = self._token_bytes[arrays["targets"]].astype(np.float32)
-            sums = jax.device_get(self._sums(params, place(arrays)))
-            for name, pair in sums.items():
-                total[name] = total.get(name, np.zeros(2)) + np.asarray(pair, np.float64)
-        means = {name: float(pair[0] / max(pair[1], 1e-8)) for name, pair in total.items()}
+            total.add(jax.device_get(self._sums(params, place(arrays))))
+        means = total.values()
         loss, size = means.pop("loss"), means.pop("bytes")
         return {
             "eval_loss": loss,

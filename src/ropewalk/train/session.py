@@ -16,7 +16,7 @@ from jax.experimental import multihost_utils
 
 from ropewalk.checkpoint import pretrained
 from ropewalk.checkpoint.integrity import read_manifest
-from ropewalk.checkpoint.manager import Manager, Restored
+from ropewalk.checkpoint.manager import Manager
 from ropewalk.core.config import flatten
 from ropewalk.core.errors import CheckpointError, ConfigError
 from ropewalk.core.log import log
@@ -42,7 +42,8 @@ def first_state(built: Built, manager: Manager) -> tuple[State, int | None, dict
     restored = manager.restore(built.described.tree())
     if restored is None:
         return _begin(built), None, {}
-    return _resume(built, restored), restored.step, _metrics(built, restored.step)
+    built.batches.set_state(restored.data_state)
+    return built.described.filled(restored.state), restored.step, restored.metrics
 
 
 def keep_recipe(built: Built) -> None:
@@ -122,15 +123,6 @@ def _begin(built: Built) -> State:
         for path, a in state.params.items()
     }
     return states.State(params, state.frozen, state.opt_state, state.step, state.extra)
-
-
-def _resume(built: Built, restored: Restored) -> State:
-    built.batches.set_state(restored.data_state)
-    return built.described.filled(restored.state)
-
-
-def _metrics(built: Built, step: int) -> dict[str, float]:
-    return read_manifest(built.directory / pretrained.CHECKPOINTS / str(step)).metrics
 
 
 def check_recipe(built: Built, manager: Manager) -> None:
