@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from ropewalk.checkpoint import gguf, weights
-from ropewalk.core.errors import ModelError
+from ropewalk.core.errors import ModelError, UserError
 from tests.checkpoint.tiny import RULES, random, table
 
 Type = ggml.GGMLQuantizationType
@@ -348,9 +348,9 @@ def test_bad_magic_and_strange_files(tmp_path: Path, model: Path) -> None:
     path.write_bytes(b"GGUF" + b"\0\0\0\3" + model.read_bytes()[8:])
     with pytest.raises(ModelError, match=r"not a sound GGUF file|big-endian"):
         gguf.read(path)
-    with pytest.raises(ModelError, match="is a directory"):
+    with pytest.raises(UserError, match="is a directory"):
         gguf.read(tmp_path)
-    with pytest.raises(ModelError, match="No such file"):
+    with pytest.raises(UserError, match="No such file"):
         gguf.read(tmp_path / "gone.gguf")
 
 

@@ -14,7 +14,7 @@ import safetensors.numpy
 
 from ropewalk.checkpoint import hf, weights
 from ropewalk.checkpoint.safetensors import INDEX, SINGLE
-from ropewalk.core.errors import ModelError
+from ropewalk.core.errors import ModelError, UserError
 from tests.checkpoint.tiny import RULES, random, table, tensors
 
 CONFIG = {"model_type": "tiny", "hidden_size": 64, "torch_dtype": "float32"}
@@ -160,11 +160,11 @@ def test_every_part_must_be_a_file_of_the_directory(tmp_path: Path) -> None:
         content = path.read_bytes()
         path.unlink()
         path.symlink_to(secret)
-        with pytest.raises(ModelError, match=f"{name}: leads to .*secret, outside"):
+        with pytest.raises(UserError, match=f"{name}: leads to .*secret, outside"):
             hf.read(tmp_path / "model")
         path.unlink()
         os.mkfifo(path)
-        with pytest.raises(ModelError, match=f"{name}: is a named pipe"):
+        with pytest.raises(UserError, match=f"{name}: is a named pipe"):
             hf.read(tmp_path / "model")
         path.unlink()
         path.write_bytes(content)
@@ -174,7 +174,7 @@ def test_every_part_must_be_a_file_of_the_directory(tmp_path: Path) -> None:
 def test_no_directory_or_no_config(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="is not a directory"):
         hf.read(tmp_path / "gone")
-    with pytest.raises(ModelError, match=r"config.json: cannot be read: No such file"):
+    with pytest.raises(UserError, match=r"config.json: cannot be read: No such file"):
         hf.read(tmp_path)
 
 

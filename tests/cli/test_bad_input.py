@@ -59,9 +59,16 @@ def model(tmp_path: Path) -> Path:
         ("model={family: lama}", ("`lama`", "did you mean `llama`?")),
         ("model={preset: llama-9}", ("`llama-9`", "presets: ")),
         ("model={}", ("preset", "family", "path")),
+        ("model=llama-9", ("`llama-9`", "presets: ")),
+        ("tokenizer={}", ("needs a tokenizer", "tokenizer=byte", "tokenizer.bpe=8192")),
         ("tokenizer={path: byte, bpe: 300}", ("tokenizer", "`path` or `bpe`")),
         ("tokenizer=none.json", ("none.json",)),
         ("data.sources=[]", ("`data.sources`", "at least 1")),
+        ("data.sources=foo", ("`data.sources` = 'foo'", "'data.sources=[{path: foo}]'")),
+        ("data.sources=[foo]", ("`data.sources.0` = 'foo'", "e.g. {path: foo}")),
+        ("data.holdout={column: title}", ("`values` of a column or a `source`", "e.g. ")),
+        ("data.holdout.column=nope", ("`nope` = `c`", "columns found: title, text, file")),
+        ("optimizer=adamw", ("`optimizer` = 'adamw'", "'optimizer={kind: adamw}'")),
         ("data.sources=[{path: none.jsonl}]", ("none.jsonl", "No such file")),
         ("data.sources=[{path: 'none*.jsonl'}]", ("none*.jsonl", "no file matches")),
         ("data.sources=[{path: bundled:shakespear}]", ("did you mean `shakespeare`?",)),
@@ -219,14 +226,19 @@ def test_model_directory(
 
 def test_model_names(model: Path, tmp_path: Path) -> None:
     out = str(tmp_path / "out")
-    refused("export", "none.gguf", out, says=("none.gguf", ".gguf file", "preset"))
-    refused("import", "none.gguf", out, says=("none.gguf", "--format"))
+    refused("export", "none.gguf", out, says=("none.gguf: does not exist", ".gguf file", "preset"))
+    refused("import", "none.gguf", out, says=("none.gguf: does not exist",))
+    for command in ("generate", "inspect", "chat"):
+        refused(command, "smolm2-135m", says=("exist", "did you mean `smollm2-135m`?"))
+    held = "holds no model: no checkpoint and no config.json; found: "
+    for command in ("generate", "inspect"):
+        refused(command, str(tmp_path), says=(str(tmp_path), held, "model"))
+    refused("generate", str(model / "config.json"), says=("config.json: is no model",))
     refused("import", str(model), out, "--format", "maxtext", says=("maxtext", "gguf, hf"))
     refused("import", str(model), out, "--format", "gguf", says=("hf, not gguf",))
     refused("export", str(model), out, "--dtype", "int3", says=("int3", "float32"))
     (tmp_path / "text.gguf").write_text("no such thing")
     refused("import", str(tmp_path / "text.gguf"), out, says=("text.gguf",))
-    refused("inspect", str(tmp_path), says=(str(tmp_path), "config.json"))
     assert not Path(out).exists()
 
 
@@ -238,10 +250,9 @@ def test_writing(model: Path) -> None:
 
 
 def test_prompt_longer_than_the_model_allows(model: Path) -> None:
-    code, _, err = ropewalk("generate", str(model), "--prompt", "rope " * 9999)
-    assert code == 2
-    assert err.startswith("error: ")
-    assert "positions" in err
+    refused("generate", str(model), "--prompt", "rope " * 9999, says=("positions",))
+    words = ("--prompt", "rope", "--max-new-tokens", "9999")
+    refused("generate", str(model), *words, says=("9999", "positions"))
 
 
 def test_debug_shows_the_traceback(recipe: Path) -> None:

@@ -1,5 +1,6 @@
 """Configuration: overrides, what differs, and messages that name key, value and the nearest key."""
 
+import shlex
 from typing import Annotated, Literal
 
 import pydantic
@@ -23,6 +24,11 @@ class Deep(Config):
     depth: int = 2
 
 
+class Named(Config):
+    path: str | tuple[str, ...]
+    inner: Inner = Inner()
+
+
 class Outer(Config):
     name: str
     inner: Inner = Inner()
@@ -30,6 +36,8 @@ class Outer(Config):
     shape: Annotated[Flat | Deep, pydantic.Field(discriminator="kind")] = Deep(kind="deep")
     sizes: dict[str, int] = pydantic.Field(default_factory=dict)
     several: tuple[Inner, ...] = ()
+    files: tuple[Named, ...] = ()
+    words: tuple[str, ...] = pydantic.Field(default=("a",), min_length=1)
 
 
 def refusal(values, config=Outer):
@@ -60,11 +68,38 @@ def test_a_config_is_frozen():
         ({"name": "a", "inner": {"rate": "fast"}}, ["`inner.rate` = 'fast'", "number"]),
         ({"name": "a", "shape": {"kind": "dep"}}, ["shape", "dep", "'flat', 'deep'"]),
         ({"name": 3, "inner": {"steps": -1}}, ["`name` = 3", "; key `inner.steps` = -1"]),
+        ({"name": "a", "sizes": 3}, ["key `sizes` = 3: a mapping is expected"]),
+        ({"name": "a", "sizes": {"x": "y"}}, ["key `sizes.x` = 'y'"]),
+        ({"name": "a", "words": ()}, ["key `words` = (): at least 1"]),
+        ({"name": "a", "files": 3}, ["a list of mappings with the keys path, inner is expected"]),
+        ({"name": "a", "files": ["f"]}, ["key `files.0` = 'f': a mapping", "e.g. {path: f}"]),
+        ({"name": "a", "files": [{"path": 3}]}, ["key `files.0.path` = 3"]),
     ],
 )
 def test_a_mistake_is_named(values, words):
     message = refusal(values)
     assert all(word in message for word in words), message
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "meant"),
+    [
+        ("files", "two words", [{"path": "two words"}]),
+        ("files", {"path": "f"}, [{"path": "f"}]),
+        ("words", "one", ["one"]),
+        ("inner", 3, {"rate": 3}),
+        ("maybe", 0.5, {"rate": 0.5}),
+    ],
+)
+def test_the_example_of_a_misshapen_value_works(key, value, meant):
+    message = refusal({"name": "a", key: value})
+    (assignment,) = shlex.split(message.partition("e.g. ")[2])
+    config = Outer.parse(override({"name": "a"}, [assignment]))
+    assert config == Outer.parse({"name": "a", key: meant})
+
+
+def test_a_list_with_a_bad_entry_is_told_once():
+    assert refusal({"name": "a", "words": [3]}).count("key `") == 1
 
 
 def test_at_most_five_mistakes_are_listed():
@@ -93,7 +128,7 @@ def test_leaf_fields_open_configs_but_not_containers():
     names = [name for name, _ in leaf_fields(Outer)]
     assert names == [
         "name", "inner.rate", "inner.steps", "maybe.rate", "maybe.steps",
-        "shape.kind", "shape.kind", "shape.depth", "sizes", "several",
+        "shape.kind", "shape.kind", "shape.depth", "sizes", "several", "files", "words",
     ]  # fmt: skip
     assert dict(leaf_fields(Outer))["inner.steps"] is int
 
@@ -156,6 +191,17 @@ def test_a_file_that_is_not_there_is_refused_and_an_empty_one_is_no_values(tmp_p
         read_yaml(tmp_path / "none.yml")
     (tmp_path / "empty.yml").write_text("# nothing\n")
     assert read_yaml(tmp_path / "empty.yml") == {}
+
+
+def test_a_bare_text_is_what_its_shorthand_says():
+    short = {"layout": "rules", "model": "preset"}
+    opened = {"layout": {"rules": "fsdp"}, "model": {"preset": "small"}}
+    assert override({"layout": "fsdp", "model": {"family": "x"}}, ["model=small"], short) == opened
+    assert override({"layout": "fsdp", "model": "small"}, [], short) == opened
+    assert override({"inner": {"layout": "a"}}, ["model=3"], short) == {
+        "inner": {"layout": "a"},
+        "model": 3,
+    }
 
 
 def test_a_shorthand_that_is_opened_keeps_what_it_said():

@@ -1,7 +1,7 @@
 import jax.numpy as jnp
 import pytest
 
-from ropewalk.core.dtypes import is_float, parse
+from ropewalk.core.dtypes import parse
 from ropewalk.core.errors import ConfigError
 
 
@@ -15,20 +15,16 @@ from ropewalk.core.errors import ConfigError
 )  # fmt: skip
 def test_every_spelling_is_one_of_three_formats(name, bits):
     dtype = parse(name)
-    assert is_float(jnp.zeros(1, dtype)) and dtype.itemsize * 8 == bits
+    assert jnp.issubdtype(dtype, jnp.floating) and dtype.itemsize * 8 == bits
     # One more bit of mantissa in float16 would be lost in bfloat16, and the range the other way.
     assert (float(jnp.finfo(dtype).max) < 1e5) == (
         name in ("float16", "torch.float16", "half", "F16")
     )
 
 
-@pytest.mark.parametrize("name", ["float64", "int8", "float8_e4m3fn", ""])
+@pytest.mark.parametrize("name", ["float64", "int8", "float8_e4m3fn", "", 5, None])
 def test_another_format_is_refused_with_the_known_ones(name):
     with pytest.raises(
         ConfigError, match=f"`{name}` is not supported; use one of float32, bfloat16"
     ):
         parse(name)
-
-
-def test_integers_are_no_floats():
-    assert not is_float(jnp.zeros(1, jnp.int32)) and is_float(jnp.zeros(1, jnp.bfloat16))

@@ -7,7 +7,7 @@ import threading
 import pytest
 
 from ropewalk.core.errors import UserError
-from ropewalk.core.storage import owned, private_dir, write_atomic
+from ropewalk.core.storage import owned, private_dir, read_json, regular_file, write_atomic
 
 
 @pytest.mark.parametrize(("content", "stored"), [("grün\n", "grün\n".encode()), (b"\0\1", b"\0\1")])
@@ -57,6 +57,35 @@ def test_a_private_directory_is_closed_to_others_even_when_it_was_open(tmp_path)
             path.chmod(mode)
         assert private_dir(path) == path
         assert stat.S_IMODE(path.stat().st_mode) == 0o700
+
+
+def test_a_link_that_a_person_names_is_followed_and_one_out_of_a_directory_is_not(tmp_path):
+    (tmp_path / "real").write_text("x")
+    home = tmp_path / "home"
+    home.mkdir()
+    (home / "link").symlink_to(tmp_path / "real")
+    assert regular_file(home / "link") == tmp_path / "real"
+    with pytest.raises(UserError, match=r"leads to .*real, outside of .*home"):
+        regular_file(home / "link", home)
+    for special in (home, "/dev/null"):
+        with pytest.raises(UserError, match=r"is a (directory|device), not a regular file"):
+            regular_file(tmp_path.joinpath(special))
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (b'{\n "a": 1,\n "b": }\n', "file:3: not valid JSON"),
+        (b"\xff", "file: cannot be read as JSON"),
+        (b"[" * 200_000, "file: cannot be read as JSON"),
+        (b"[1]", "file:1: holds a JSON list, expected an object"),
+    ],
+)
+def test_json_that_is_no_object_is_refused_with_its_place(tmp_path, content, says):
+    path = tmp_path / "file"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=says):
+        read_json(path, tmp_path)
 
 
 HOLD = """

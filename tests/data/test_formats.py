@@ -3,6 +3,7 @@ import gzip
 import json
 import lzma
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -80,6 +81,24 @@ def test_every_format_gives_the_same_documents(tmp_path: Path, kind: str) -> Non
 def test_labels_are_the_other_column(tmp_path: Path, kind: str) -> None:
     documents = open_files(write(tmp_path, kind), "text", "title")
     assert [documents.label(i) for i in range(5)] == TITLES
+    assert sorted(set(documents.columns()) - {"n"}) == ["file", "text", "title"]
+
+
+@pytest.mark.parametrize("pack", [bytes, gzip.compress])
+def test_a_byte_order_mark_is_no_text(tmp_path: Path, pack: Callable[[bytes], bytes]) -> None:
+    end = ".gz" if pack is gzip.compress else ""
+    for name, content, texts in (
+        ("a.txt", "one é\n", ["one é\n"]),
+        ("a.jsonl", '{"text": "one"}\n{"text": "\ufefftwo"}\n', ["one", "\ufefftwo"]),
+        ("b.jsonl", '\n{"text": "one"}', ["one"]),
+    ):
+        (tmp_path / f"{name}{end}").write_bytes(pack(content.encode("utf-8-sig")))
+        documents = open_files([tmp_path / f"{name}{end}"], "text")
+        assert every_text(documents) == texts
+        assert documents.length(0) == len(documents.text(0).encode())
+    bad = tmp_path / f"c.jsonl{end}"
+    bad.write_bytes(pack('{"text": "é'.encode("utf-8-sig") + b'\xff"}'))
+    assert f"byte {3 + 12}" in first_error(bad)
 
 
 def test_files_are_joined_in_order_and_named(tmp_path: Path) -> None:

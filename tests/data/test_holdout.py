@@ -73,7 +73,7 @@ def test_files_can_be_held_out_by_name(tmp_path: Path) -> None:
 def test_what_cannot_be_held_out_is_refused(corpus: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="`title` = `betta` to hold out; did you mean `beta`"):
         Heldout(config(corpus, holdout={"values": ["alpha", "betta"]}), BYTE)
-    with pytest.raises(DataError, match=r"`name` = `beta`.*no values"):
+    with pytest.raises(DataError, match=r"`name` = `beta`.*columns found: text, title, file"):
         Heldout(config(corpus, holdout={"column": "name", "values": ["beta"]}), BYTE)
     with pytest.raises(DataError, match="nothing is held out"):
         Heldout(config(corpus), BYTE)

@@ -1,5 +1,6 @@
 import itertools
 import json
+import shutil
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -7,8 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ropewalk.core.errors import ConfigError, DataError
-from ropewalk.data.pipeline import Batches, Config, merge_states, texts
+from ropewalk.checkpoint.manager import unite
+from ropewalk.core.errors import CheckpointError, ConfigError, DataError
+from ropewalk.data.pipeline import Batches, Config, texts
 from ropewalk.data.stats import Batch, count
 from ropewalk.text import bpe
 from tests.data.corpora import BYTE, config, equal, pairs, segments, take, words, write_lines
@@ -122,14 +124,14 @@ def test_state_restores_the_rest_of_the_stream_in_any_number_of_processes(
     for i in range(stop):
         assert equal(joined([next(writer) for writer in writers]), reference[i])
     states = [json.loads(json.dumps(writer.get_state())) for writer in writers]
-    state = merge_states(states[::-1])
+    state = unite(states[::-1])
     assert state["batches"] == stop
     assert sorted(state["lanes"]) == ["0", "1", "2", "3"]
     for after in (1, 2, 4):
         readers = [Batches(settings, BYTE, p, after) for p in range(after)]
         for reader in readers:
             reader.set_state(state)
-        assert merge_states([reader.get_state() for reader in readers]) == state
+        assert unite([reader.get_state() for reader in readers]) == state
         for i in range(stop, stop + 12):
             assert equal(joined([next(reader) for reader in readers]), reference[i])
 
@@ -167,11 +169,25 @@ def test_state_of_other_data_is_refused_by_name(corpus: Path, tmp_path: Path) ->
     half = Batches(config(corpus), BYTE, 1, 2)
     with pytest.raises(DataError, match="2 rows of the batch and not row 0"):
         Batches(config(corpus), BYTE).set_state(half.get_state())
-    with pytest.raises(DataError, match="batches 0 and 1"):
-        next(half)
-        merge_states([state, half.get_state()])
+    next(half)
+    with pytest.raises(CheckpointError, match="`batches` is 0 on one and 1 on another"):
+        unite([state, half.get_state()])
     with pytest.raises(DataError, match="batch_size 4 is not divisible by 3 processes"):
         Batches(config(corpus), BYTE, 0, 3)
+
+
+def test_data_changed_in_place_is_refused_by_file_and_a_copy_is_not(tmp_path: Path) -> None:
+    """Also where neither size, number of records nor any document's length tells."""
+    files = [write_lines(tmp_path / f"{name}.jsonl", [words(i, 50)]) for i, name in enumerate("ab")]
+    state = json.loads(json.dumps(Batches(config(*files), BYTE).get_state()))
+    copies = [Path(shutil.copy(file, tmp_path / f"copy-{file.name}")) for file in files]
+    Batches(config(*copies), BYTE).set_state(state)
+    older = {**state, "data": {k: v for k, v in state["data"].items() if k != "files"}}
+    files[1].write_text(files[1].read_text().replace("w1.7", "w1.8"))
+    Batches(config(*files), BYTE).set_state(older)  # saved before files had fingerprints
+    with pytest.raises(DataError, match=r"content of .*b\.jsonl is another.*`directory`") as caught:
+        Batches(config(*files), BYTE).set_state(state)
+    assert "a.jsonl" not in str(caught.value)
 
 
 def test_weights_are_shares_of_the_text(tmp_path: Path) -> None:

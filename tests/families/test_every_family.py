@@ -209,7 +209,6 @@ def _step(name, rules, devices):
         chain,
         placement,
         rate=optimizer.schedule.build(1e-3, 10),
-        compute=jnp.float32,
         accumulate=1,
         seed=0,
     )

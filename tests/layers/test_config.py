@@ -1,6 +1,7 @@
 """Reading and writing Hugging Face's `config.json`, and what is refused."""
 
 import json
+import re
 
 import pytest
 
@@ -117,6 +118,26 @@ def test_values_that_do_not_fit_are_refused_with_their_numbers(changes, words):
     with pytest.raises(ConfigError) as refusal:
         read(changes)
     assert all(word in str(refusal.value) for word in ["the/config.json", *words]), refusal.value
+
+
+@pytest.mark.parametrize(
+    ("changes", "blamed"),
+    [
+        ({"hidden_size": -64}, {"hidden_size"}),
+        ({"hidden_size": "wide"}, {"hidden_size"}),
+        ({"hidden_size": None}, {"hidden_size"}),
+        ({"num_attention_heads": -6, "num_key_value_heads": None}, {"num_attention_heads"}),
+        ({"hidden_size": 0, "num_attention_heads": 0}, {"hidden_size", "num_attention_heads"}),
+    ],
+)
+def test_only_the_value_that_is_wrong_is_blamed(changes, blamed):
+    with pytest.raises(ConfigError) as refusal:
+        read(changes)
+    assert set(re.findall("key `(.*?)`", str(refusal.value))) == blamed, refusal.value
+
+
+def test_a_share_follows_from_sizes_however_they_are_written():
+    assert read({"hidden_size": "96", "num_attention_heads": "6"}).head_dim == 16
 
 
 def test_a_missing_size_is_named():

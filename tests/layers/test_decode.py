@@ -115,6 +115,18 @@ def test_the_whole_of_the_positions_can_be_used():
     assert len(row) == length - 3
 
 
+def test_by_default_as_much_is_written_as_the_longest_prompt_leaves_room_for():
+    rows = write([[1, 2, 3], [4] * 50], Sampling())
+    assert [len(row) for row in rows] == [64 - 50, 64 - 50]
+
+
+def test_what_cannot_fit_is_refused_before_a_token_is_asked_for():
+    with pytest.raises(ModelError, match="64 positions"):
+        decoder().stream([[1] * 60], Sampling(max_new_tokens=5))
+    with pytest.raises(ModelError, match="64 positions"):
+        decoder().stream([[1] * 64], Sampling())
+
+
 @pytest.mark.parametrize(
     ("prompts", "new", "words"),
     [

@@ -46,20 +46,36 @@ def test_a_name_without_weight_is_nan_and_reset_forgets():
     assert means.values() == {}
 
 
-def test_rates_are_those_of_the_interval_without_asides():
+def test_rates_are_those_of_the_window_without_asides():
     clock = meter.Meter(100, flops_per_token=6e6, peak_flops=1e10, started=1000.0)
     clock.begin(1010.0)  # 10 s of start-up
     clock.observe(1, 500, 1011.0)
     clock.aside("evaluation", 3.0)
     rates = clock.observe(5, 2000, 1018.0)  # 7 s, 3 of them evaluation: 4 steps in 4 s
     assert rates["step_s"] == pytest.approx(1.0)
-    assert rates["tokens_per_s"] == pytest.approx(500)
+    assert rates["tokens_per_s"] == pytest.approx(2500 / 5)
     assert rates["tokens"] == 2500
     assert rates["mfu"] == pytest.approx(500 * 6e6 / 1e10)
     assert rates["goodput"] == pytest.approx(5 / 18)
     assert rates["eta_s"] == pytest.approx(
         95 * 1.0 * 8 / 5
     )  # 8 s since the first step for 5 s of steps
+
+
+def test_a_rate_does_not_jump_with_one_interval_and_forgets_those_before_the_window():
+    clock = meter.Meter(1000, flops_per_token=1.0, peak_flops=1e3, started=0.0, window=4)
+    clock.begin(0.0)
+    now, rows = 0.0, []
+    for step in range(1, 13):  # seen alternately early and late; the first four twice as slow
+        now = 2.0 * step if step <= 4 else 8.0 + (step - 4) + (0.4 if step % 2 else 0.0)
+        if step == 8:
+            clock.aside("samples", 100.0)
+        rows.append(clock.observe(step, 100, now + (100.0 if step >= 8 else 0.0)))
+    assert [row["tokens_per_s"] for row in rows[:4]] == pytest.approx([50.0] * 4)
+    assert [row["tokens_per_s"] for row in rows[-3:]] == pytest.approx([100.0] * 3, rel=0.02)
+    alone = [100 / row["step_s"] for row in rows[-3:]]
+    assert max(alone) > 2 * min(alone)
+    assert all(row["mfu"] == pytest.approx(row["tokens_per_s"] / 1e3) for row in rows)
 
 
 def test_observing_every_step_or_every_tenth_tells_the_same():

@@ -89,7 +89,7 @@ def test_svg_paths_have_one_vertex_for_each_point(run):
     _, _, text, page = run
     paths = [attrs for tag, attrs in page.tags if tag == "path" and "dots" not in attrs["class"]]
     lines = [line for chart in charts_in(text) for line in chart["lines"]]
-    assert len(paths) == len(lines) == 9
+    assert len(paths) == len(lines) == 8
     for attrs, line in zip(paths, lines, strict=True):
         assert attrs["class"] == line["role"]
         finite = [y for _, y in line["points"] if y is not None]

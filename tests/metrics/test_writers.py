@@ -239,6 +239,22 @@ def test_without_a_terminal_a_plain_line_now_and_then(monkeypatch):
     ]
 
 
+def test_an_event_shows_five_of_many_documents_and_keeps_all(tmp_path):
+    names = [f"data.jsonl:{i}" for i in range(12)]
+    line, out = progress("plain")
+    lines = writers.JsonLines(tmp_path)
+    for writer in (line, lines):
+        writer.event(4, "skipped", in_a_row=1, batch=names)
+        writer.event(5, "skipped", in_a_row=2, batch=names[:5])
+    five = ", ".join(names[:5])
+    assert out.getvalue().splitlines() == [
+        f"step 4  skipped: in_a_row 1, batch {five} and 7 more",
+        f"step 5  skipped: in_a_row 2, batch {five}",
+    ]
+    assert read(tmp_path / "metrics.jsonl")[0]["batch"] == names
+    lines.close()
+
+
 def test_on_a_terminal_log_lines_stand_above_the_live_line(monkeypatch):
     stderr = io.StringIO()
     monkeypatch.setattr(sys, "stderr", stderr)

@@ -79,6 +79,12 @@ def test_what_does_not_divide_is_named_with_both_numbers():
         assert word in str(refusal.value), refusal.value
 
 
+def test_a_vocabulary_that_does_not_divide_gets_the_next_that_does():
+    odd = {"embed.weight": spec((67, 32), "vocab", "embed")}
+    with pytest.raises(LayoutError, match=r"67 `vocab`.*8 devices.*set model.vocab_size to 72 "):
+        shardings(odd, placement("tensor", tensor=8))
+
+
 def test_batch_rows_lie_apart_and_an_odd_batch_is_refused():
     place = placement("fsdp_tensor", data=2, fsdp=2, tensor=2)
     rows = {

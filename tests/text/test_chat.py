@@ -37,6 +37,11 @@ def test_template_tokens_become_special_ids_once() -> None:
     assert tokenizer.decode(ids) == "[user]hi[assistant]"
 
 
+def test_what_is_no_text_is_refused() -> None:
+    with pytest.raises(DataError, match="give it as UTF-8"):
+        chat.encode(with_template(CHATML), [{"role": "user", "content": "a\udcff"}])
+
+
 def test_functions_that_templates_expect() -> None:
     template = (
         "{{ tools | tojson }}|{{ strftime_now('%Y') | length }}|"

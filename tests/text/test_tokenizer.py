@@ -8,7 +8,7 @@ import tokenizers as library
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ropewalk.core.errors import DataError
+from ropewalk.core.errors import DataError, UserError
 from ropewalk.text import bpe, parts
 from ropewalk.text import tokenizer as tokenizers
 from ropewalk.text.interface import StreamDecoder, Tokenizer
@@ -173,7 +173,7 @@ def test_files_of_a_directory_are_kept_and_read(
 
 
 def test_what_cannot_be_read_is_refused(tmp_path: Path, kinds: dict[str, Tokenizer]) -> None:
-    with pytest.raises(DataError, match="No such file"):
+    with pytest.raises(UserError, match="No such file"):
         tokenizers.load(tmp_path / "nothing")
     with pytest.raises(DataError, match="no tokenizer here"):
         tokenizers.load(tmp_path)
@@ -184,14 +184,29 @@ def test_what_cannot_be_read_is_refused(tmp_path: Path, kinds: dict[str, Tokeniz
     with pytest.raises(DataError, match="sentencepiece"):
         tokenizers.load(tmp_path / "broken.model")
     os.mkfifo(tmp_path / "pipe.json")
-    with pytest.raises(DataError, match="pipe"):
+    with pytest.raises(UserError, match="pipe"):
         tokenizers.load(tmp_path / "pipe.json")
     kinds["bpe"].save(tmp_path)
     (tmp_path / "tokenizer_config.json").write_text('{"bos_token": "<s>"}')
     with pytest.raises(DataError, match=r"'<s>'.*not in the vocabulary"):
         tokenizers.load(tmp_path)
-    with pytest.raises(DataError, match="token id 300 lies outside"):
-        kinds["bpe"].decode([300])
+    (tmp_path / "tokenizer_config.json").unlink()
+    (tmp_path / "tokenizer_config.json").symlink_to(tmp_path.parent / "elsewhere.json")
+    with pytest.raises(UserError, match=r"tokenizer_config\.json: cannot be read"):
+        tokenizers.load(tmp_path)
+    (tmp_path.parent / "elsewhere.json").write_text("{}")
+    with pytest.raises(UserError, match="outside of"):
+        tokenizers.load(tmp_path)
+
+
+def test_ids_beyond_the_tokenizer_are_told_apart_from_text(kinds: dict[str, Tokenizer]) -> None:
+    """A model's vocabulary may be larger; what its untrained rows write must not end a run."""
+    ids = kinds["bpe"].encode("walk")
+    assert kinds["bpe"].decode([*ids, 300, 10**6, *ids]) == "walk\ufffd\ufffdwalk"
+    assert kinds["byte"].decode(["é".encode()[0], 300]) == "\ufffd\ufffd"
+    for wrong in (-1, 1.0, "a", None):
+        with pytest.raises(DataError, match="not a whole number"):
+            kinds["bpe"].decode([wrong])  # pyright: ignore[reportArgumentType]
 
 
 def test_lossy_decoder_is_refused(tmp_path: Path) -> None:

@@ -4,6 +4,8 @@ import dataclasses
 import json
 import logging
 import math
+import re
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,11 +17,12 @@ import pytest
 
 import ropewalk
 from ropewalk.checkpoint.pretrained import load
-from ropewalk.core.errors import CheckpointError, TrainingError
+from ropewalk.core.errors import CheckpointError, DataError, TrainingError
 from ropewalk.data.holdout import Heldout
 from ropewalk.layers.lm import with_parameters
 from ropewalk.text import tokenizer as tokenizers
 from ropewalk.train import build, loop
+from ropewalk.train.diagnose import first_bad
 from ropewalk.train.run import Run
 from tests.e2e.commands import arrays as stored
 from tests.e2e.commands import lines, numbers, same_bits
@@ -166,32 +169,108 @@ def test_start_from_a_model(described: Described, tmp_path: Path) -> None:
     assert 0 < moved <= 0.011
 
 
-def test_stops_after_several_updates_that_are_not_finite(
-    described: Described, tmp_path: Path
-) -> None:
-    first = described("steps=1")
+def _changed(described: Described, tmp_path: Path, steps: int, factors: dict[str, float]) -> Run:
+    """A run that starts from a trained model, some weights of whose layer 1 are scaled."""
+    first = described(f"steps={steps}")
     loop.train(first)
     lm = load(first.directory)
-    for path in lm.params:
-        if ".up." in path or ".gate." in path:  # their product overflows in layer 1
-            lm.params[path] = lm.params[path].at[1].multiply(1e38)
+    for part, factor in factors.items():
+        for path in lm.params:
+            if part in path:
+                lm.params[path] = lm.params[path].at[1].multiply(factor)
     lm.save(tmp_path / "bad")
     bad = described(
         "steps=20", "stop_after_skipped=3", f"model={{path: {tmp_path / 'bad'}}}", "tokenizer={}"
     )
-    bad = bad.model_copy(update={"directory": str(tmp_path / "stopped")})
+    return bad.model_copy(update={"directory": str(tmp_path / "stopped")})
+
+
+def test_stops_after_several_updates_that_are_not_finite(
+    described: Described, tmp_path: Path
+) -> None:
+    bad = _changed(
+        described, tmp_path, 1, {".up.": 1e38, ".gate.": 1e38}
+    )  # their product overflows
     with pytest.raises(TrainingError) as caught:
         loop.train(bad)
     for part in ("stopped at step 3: 3 updates", "stop_after_skipped = 3", "layer 1 is the first"):
         assert part in str(caught.value)
-    assert "data.jsonl:" in str(caught.value)
+    assert "the run starts from" in str(caught.value) and "data.jsonl:" in str(caught.value)
     skipped = [row for row in lines(tmp_path / "stopped") if row.get("event") == "skipped"]
     assert [(row["step"], row["in_a_row"]) for row in skipped] == [(1, 1), (2, 2), (3, 3)]
     assert all(row["batch"] for row in skipped)
+    assert not list((tmp_path / "stopped" / "checkpoints").iterdir())
+
+
+def test_good_weights_are_saved_bit_for_bit_when_only_the_gradient_overflows(
+    described: Described, tmp_path: Path
+) -> None:
+    bad = _changed(described, tmp_path, 12, {".up.": 1e25, ".down.": 1e-25})  # the same function
+    with pytest.raises(TrainingError, match="before the first of them and are saved") as caught:
+        loop.train(bad)
+    assert "norm is not" in str(caught.value) and "down" in str(caught.value)
     saved = sorted(int(path.name) for path in (tmp_path / "stopped" / "checkpoints").iterdir())
     kept = stored(tmp_path / "stopped", saved[-1])
-    weights = {name: np.asarray(value) for name, value in lm.params.items()}
+    weights = {name: np.asarray(value) for name, value in load(tmp_path / "bad").params.items()}
     assert same_bits({name: kept[f"params.{name}"] for name in weights}, weights)
+
+
+def test_weights_that_an_update_ruined_are_not_saved_and_the_way_back_works(
+    described: Described,
+) -> None:
+    cadence = ("stop_after_skipped=6", "checkpoint.every=5")
+    run = described("steps=10", *cadence)
+    loop.train(run)
+    with pytest.raises(TrainingError) as caught:
+        loop.train(described("steps=20", "optimizer.learning_rate=1e38", *cadence))
+    told, home = str(caught.value), Path(run.directory) / "checkpoints"
+    assert "An earlier update ruined the weights" in told
+    assert told.endswith("goes on from step 10")
+    # Step 15 was saved in the middle of it, of ruined weights.
+    assert sorted(path.name for path in home.iterdir()) == ["10", "15", "5"]
+    (command,) = re.findall(r"\(rm -r (.*?)\)", told)
+    assert command == str(home / "15")
+    shutil.rmtree(command)
+    result = loop.train(described("steps=20", *cadence))
+    assert result.steps == 20
+    assert result.final_loss is not None and result.final_loss < 3
+
+
+def test_the_search_for_what_is_not_finite_computes_as_the_run_does(described: Described) -> None:
+    """An embedding that float32 holds and bfloat16 does not."""
+    found = []
+    for precision in ("float32", "mixed"):
+        built = build.build(described(f"precision={precision}"))
+        params = built.fresh().params
+        params["embed.weight"] = jnp.full_like(params["embed.weight"], 3.4e38)
+        batch = built.place(next(built.batches).arrays)
+        built.batches.close()
+        found.append(first_bad(built.structure, built.run.objective, params, batch))
+    assert "layer 0 is the first" in found[1]
+    assert "layer 0" not in found[0]
+
+
+def test_data_that_changed_is_refused_with_its_file_and_the_run(described: Described) -> None:
+    run = described("steps=2")
+    loop.train(run)
+    data = Path(run.directory).parent / "data.jsonl"
+    before = data.read_text()
+    data.write_text(before.replace("rope", "pore"))
+    with pytest.raises(DataError) as caught:
+        loop.train(described("steps=4"))
+    for part in (run.directory, f"content of {data} is another", "`directory`"):
+        assert part in str(caught.value)
+    data.write_text(before)
+    assert loop.train(described("steps=4")).steps == 4
+
+
+def test_a_directory_below_home(
+    described: Described, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    result = loop.train(described("steps=1", "directory=~/of mine"))
+    assert result.directory == tmp_path / "of mine"
+    assert result.checkpoint.is_dir()
 
 
 def test_data_that_ends_early(described: Described) -> None:

@@ -34,19 +34,20 @@ PLACE = Placement(mesh.build({}, jax.devices()[:1]), RULES["fsdp"])
 OPTIMIZER = optax.adamw(1e-2)
 
 
-def model() -> llama.Model:
-    return llama.Model(CONFIG, rngs=nnx.Rngs(0))
+def model(compute: str = "float32") -> llama.Model:
+    made = llama.Model(CONFIG, rngs=nnx.Rngs(0))
+    made.embed.dtype = compute
+    return made
 
 
 def step(accumulate: int = 1, optimizer: Any = OPTIMIZER, compute: str = "float32") -> Any:
     return jax.jit(
         make_step(
-            jax.eval_shape(model),
+            jax.eval_shape(lambda: model(compute)),
             NextToken(z_loss=1e-3),
             optimizer,
             PLACE,
             rate=optax.constant_schedule(1e-2),
-            compute=compute,
             accumulate=accumulate,
             seed=0,
         )

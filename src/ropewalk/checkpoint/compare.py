@@ -55,9 +55,12 @@ class Comparison:
         ]
         exact = self.compared - len(self.tensors)
         found.append(f"tensors: {exact} of {self.compared} equal bit for bit in float32")
-        found.append(
-            f"logits over {self.positions} positions: largest difference {self.logits:.3g}"
-        )
+        if np.isnan(self.logits):
+            found.append("logits: not compared, the models are too different")
+        else:
+            found.append(
+                f"logits over {self.positions} positions: largest difference {self.logits:.3g}"
+            )
         return [*found, f"tokenizer: {self.tokenizer}"]
 
 

@@ -13,8 +13,8 @@ from gguf import GGUFReader, Keys, ReaderTensor, get_tensor_name_map
 from gguf.constants import MODEL_ARCH_NAMES
 from gguf.quants import dequantize
 
-from ropewalk.checkpoint.safetensors import regular_file
 from ropewalk.core.errors import ModelError
+from ropewalk.core.storage import regular_file
 from ropewalk.core.weights import Rule
 
 SUPPORTED = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q4_K", "Q6_K")
@@ -49,10 +49,10 @@ class File:
     def __init__(self, path: str | Path) -> None:
         """Reads the metadata.
 
-        Raises ModelError when the file is cut, damaged, of several parts, or lacks a key.
+        Raises a UserError when the file is cut, damaged, of several parts, or lacks a key.
         """
         self.path = Path(path)
-        real = regular_file(self.path, self.path.parent)
+        real = regular_file(self.path)
         try:
             with np.errstate(over="raise"):  # offsets near 2**64
                 gguf = _BoundedReader(real)
@@ -269,7 +269,7 @@ class _BoundedReader(GGUFReader):
 
 
 def read(path: str | Path) -> File:
-    """Opens a GGUF file. Raises ModelError when it is not a sound one, or not a language model."""
+    """Opens a GGUF file. Raises a UserError when it is not a sound one, or not a language model."""
     return File(path)
 
 

@@ -14,7 +14,8 @@ from typing import Any, NamedTuple, Protocol
 from ropewalk.checkpoint import safetensors
 from ropewalk.checkpoint.weights import Tensor
 from ropewalk.core import dtypes
-from ropewalk.core.errors import ModelError
+from ropewalk.core.errors import ModelError, UserError
+from ropewalk.core.storage import read_json, regular_file
 from ropewalk.text.tokenizer import FILES
 
 CONFIG = "config.json"
@@ -46,7 +47,7 @@ class Tokenizer(Protocol):
 def read(directory: str | Path) -> Directory:
     """Opens a model directory.
 
-    Raises ModelError when a part is absent, unsound, quantized, or lies outside it.
+    Raises a UserError when a part is absent, unsound, quantized, or lies outside it.
     """
     root = Path(directory)
     if not root.is_dir():
@@ -58,21 +59,19 @@ def read(directory: str | Path) -> Directory:
     reader = safetensors.Reader(root)
     present = [root / name for name in TOKENIZER_FILES if os.path.lexists(root / name)]
     for path in present:
-        safetensors.regular_file(path, root)
+        regular_file(path, root)
     generation = root / GENERATION_CONFIG
-    generation_config = (
-        safetensors.read_json(generation, root) if os.path.lexists(generation) else None
-    )
+    generation_config = read_json(generation, root) if os.path.lexists(generation) else None
     return Directory(config, reader, present, generation_config)
 
 
 def read_config(directory: str | Path) -> dict[str, Any]:
     """The `config.json` of a model directory.
 
-    Raises ModelError, also when it says that the weights are quantized.
+    Raises a UserError, also when it says that the weights are quantized.
     """
     path = Path(directory) / CONFIG
-    config = safetensors.read_json(path, path.parent)
+    config = read_json(path, path.parent)
     quantization = config.get("quantization_config")
     if quantization is not None:
         named = isinstance(quantization, dict) and "quant_method" in quantization
@@ -100,6 +99,8 @@ def write(
     directory holds anything that an export did not write, when the disk does not take it, or when a
     value overflows `dtype`.
     """
+    if not isinstance(directory, str | os.PathLike):
+        raise ModelError(f"a directory is named by a text or a path, not by {directory!r:.80}")
     target = Path(os.path.abspath(directory))
     check_target(target)
     spelling = "dtype" if "dtype" in config else "torch_dtype"
@@ -149,7 +150,7 @@ def check_target(directory: str | Path) -> None:
 def _ours(path: Path) -> bool:
     try:
         return safetensors.read_header(path, path.parent)[1] == safetensors.WRITER
-    except ModelError:
+    except UserError:
         return False
 
 

@@ -11,7 +11,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
 import jax
@@ -103,7 +103,7 @@ class Manager:
         self.wait()
         arrays = _flatten(state)
         manifest = integrity.Manifest(
-            step, json.loads(json.dumps(recipe)), unite(data_state), metrics or {}
+            step, json.loads(json.dumps(recipe)), unite(_gather(data_state)), metrics or {}
         )
         sums = {path: integrity.checksum(array) for path, array in arrays.items()}
         abstract = {
@@ -324,26 +324,25 @@ def surplus(steps: list[int], keep: Config, scores: Mapping[int, float]) -> list
     return [step for step in steps if step not in kept]
 
 
-def unite(data_state: dict[str, Any]) -> dict[str, Any]:
-    """The union of every process's mapping, nested mappings united alike; all must call it.
+def unite(states: Iterable[dict[str, Any]]) -> dict[str, Any]:
+    """The union of every process's mapping, nested mappings united alike.
 
     Raises CheckpointError naming the key when two processes disagree on a value.
     """
     united: dict[str, Any] = {}
-    for part in _gather(data_state):
+    for part in states:
         _merge(united, part, "")
     return united
 
 
 def _merge(into: dict[str, Any], part: dict[str, Any], prefix: str) -> None:
     for key, value in part.items():
-        if key not in into:
-            into[key] = value
-        elif isinstance(value, dict) and isinstance(into[key], dict):
-            _merge(into[key], value, f"{prefix}{key}.")
-        elif into[key] != value:
+        there = into.setdefault(key, {} if isinstance(value, dict) else value)
+        if isinstance(value, dict) and isinstance(there, dict):
+            _merge(there, value, f"{prefix}{key}.")
+        elif there != value:
             raise CheckpointError(
-                f"processes disagree on the data state: `{prefix}{key}` is {into[key]!r} on one "
+                f"processes disagree on the data state: `{prefix}{key}` is {there!r} on one "
                 f"and {value!r} on another, so there is no one state to save"
             )
 

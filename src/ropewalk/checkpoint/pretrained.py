@@ -2,6 +2,7 @@
 checkpoint, a GGUF file, a preset."""
 
 import dataclasses
+import os
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -13,7 +14,7 @@ import numpy as np
 from flax import nnx
 
 from ropewalk import models
-from ropewalk.checkpoint import gguf, hf, manager, weights
+from ropewalk.checkpoint import gguf, hf, manager, safetensors, weights
 from ropewalk.checkpoint.integrity import MANIFEST, read_manifest
 from ropewalk.core import dtypes
 from ropewalk.core.errors import CheckpointError, ConfigError, ModelError
@@ -22,7 +23,7 @@ from ropewalk.layers.decode import Decoder, Sampling
 from ropewalk.layers.lm import table, with_parameters
 from ropewalk.text import parts
 from ropewalk.text import tokenizer as tokenizers
-from ropewalk.text.tokenizer import StreamDecoder, Tokenizer
+from ropewalk.text.interface import StreamDecoder, Tokenizer, checked
 
 # Directories of a run.
 CHECKPOINTS = "checkpoints"
@@ -61,10 +62,12 @@ class Pretrained:
 
     def logits(self, tokens: Any) -> np.ndarray:
         """Logits float32 [b, t, v] of token ids [b, t] (lists, numpy or jax). Raises ModelError for
-        ids out of range."""
-        ids = np.asarray(tokens)
-        if ids.ndim != 2 or not np.issubdtype(ids.dtype, np.integer) or ids.size == 0:
-            raise ModelError(f"tokens are integers [b, t]; these are {ids.dtype} {list(ids.shape)}")
+        anything else and for ids out of range."""
+        ids = _integers(tokens)
+        if ids is None or ids.ndim != 2 or ids.size == 0:
+            raise ModelError(
+                f"tokens are whole numbers [b, t], every row as long; these are {tokens!r:.80}"
+            )
         if ids.min() < 0 or ids.max() >= self.config.vocab_size:
             outside = ids.min() if ids.min() < 0 else ids.max()
             raise ModelError(
@@ -85,17 +88,20 @@ class Pretrained:
     def generate(
         self,
         prompts: Sequence[str] | Sequence[Sequence[int]] | str,
-        max_new_tokens: int = 128,
+        max_new_tokens: int | None = None,
         **sampling: Any,
     ) -> list[Generation]:
         """One Generation a prompt: texts, or lists of ids. `sampling`: temperature, top_k, top_p,
         seed.
 
-        Writing stops at the tokenizer's end token, which is not part of the text. Raises ModelError
-        and ConfigError.
+        Writing stops at the tokenizer's end token, which is not part of the text, or at
+        `max_new_tokens`: by default 128, or as many as the longest prompt leaves positions for.
+        Raises a UserError.
         """
-        many = [prompts] if isinstance(prompts, str) else list(prompts)
-        ids = [self.encode(prompt) if isinstance(prompt, str) else list(prompt) for prompt in many]
+        if not isinstance(prompts, str | Sequence | np.ndarray | jax.Array):
+            raise ModelError(f"prompts are a list of texts or of ids, not {prompts!r:.80}")
+        many = [prompts] if isinstance(prompts, str) else prompts
+        ids = [self._ids(row, prompt) for row, prompt in enumerate(many)]
         settings = Sampling.parse({"max_new_tokens": max_new_tokens, **sampling}, "generate")
         stops = self.tokenizer.eos_ids if self.tokenizer else ()
         tokens: list[list[int]] = [[] for _ in ids]
@@ -108,24 +114,37 @@ class Pretrained:
         ]
 
     def stream(self, ids: Sequence[int], sampling: Sampling) -> Iterator[str]:
-        """The text after one prompt, piece by piece; never half a character. Needs a tokenizer."""
+        """The text after one prompt, piece by piece (one a token, and the rest); never half a
+        character. Raises ModelError at once where the tokenizer is missing or the text cannot fit.
+        """
         tokenizer = self.require_tokenizer()
-        decoder = StreamDecoder(tokenizer)
-        for emitted in self.decoder.stream([ids], sampling, tokenizer.eos_ids):
-            if emitted.token not in tokenizer.eos_ids:
-                yield decoder.feed(emitted.token)
-        yield decoder.finish()
+        written = self.decoder.stream([ids], sampling, tokenizer.eos_ids)
+
+        def pieces() -> Iterator[str]:
+            decoder = StreamDecoder(tokenizer)
+            for emitted in written:
+                if emitted.token not in tokenizer.eos_ids:
+                    yield decoder.feed(emitted.token)
+            yield decoder.finish()
+
+        return pieces()
 
     def encode(self, prompt: str) -> list[int]:
         """A prompt's ids, with BOS where the tokenizer puts it; an empty prompt is BOS alone where
-        there is one."""
+        there is one. Raises a UserError for what is no text."""
         tokenizer = self.require_tokenizer()
-        try:
-            prompt.encode("utf-8")
-        except UnicodeEncodeError as error:
-            raise ModelError(f"the prompt is not text: {error}; give it as UTF-8") from None
-        ids = tokenizer.encode_prompt(prompt)
+        ids = tokenizer.encode_prompt(checked(prompt))
         return ids or ([tokenizer.bos_id] if tokenizer.bos_id is not None else [])
+
+    def _ids(self, row: int, prompt: Any) -> list[int]:
+        if isinstance(prompt, str):
+            return self.encode(prompt)
+        ids = _integers(prompt)
+        if ids is None or ids.ndim != 1:
+            raise ModelError(
+                f"prompt {row} is {prompt!r:.80}; give a text, or a list of ids (whole numbers)"
+            )
+        return ids.tolist()
 
     def decode(self, tokens: Sequence[int], stops: Sequence[int] = ()) -> str:
         """The text of ids, without the tokens that end it; empty without a tokenizer."""
@@ -159,18 +178,30 @@ class Pretrained:
         return hf.write(directory, config, tensors, dtype=kept, tokenizer=self.tokenizer)
 
 
+def _integers(values: Any) -> np.ndarray | None:
+    """An array of whole numbers, or None for anything else."""
+    try:
+        array = np.asarray(values)
+    except ValueError:  # rows of several lengths
+        return None
+    return array if np.issubdtype(array.dtype, np.integer) or array.size == 0 else None
+
+
 def abstract(family: Any, config: Any) -> Any:
     """The model's structure: shapes and axes, no numbers."""
     return jax.eval_shape(lambda: family.Model(config, rngs=nnx.Rngs(0)))
 
 
-def load(source: str | Path, dtype: str | None = None) -> Pretrained:
+def load(source: str | os.PathLike[str], dtype: str | None = None) -> Pretrained:
     """The model that `source` names: a Hugging Face directory, a run or one of its checkpoints, a
     GGUF file, or a preset.
 
     `dtype` is float32, bfloat16 or float16; by default that of the file (float32 for GGUF and for a
-    preset, whose weights are random with seed 0). Raises ModelError when it is none of these.
+    preset, whose weights are random with seed 0). Raises a UserError when it is none of these, or
+    unsound.
     """
+    if not isinstance(source, str | os.PathLike):
+        raise ModelError(f"a model is named by a text or a path, not by {source!r:.80}")
     kept = None if dtype is None else str(dtypes.parse(dtype))
     path = Path(source).expanduser()
     if path.is_file() and path.suffix == ".gguf":
@@ -179,14 +210,26 @@ def load(source: str | Path, dtype: str | None = None) -> Pretrained:
         checkpoints = _checkpoints_in(path)
         if checkpoints:
             return _first_good(checkpoints, lambda step: _from_checkpoint(step, kept))
-        return _from_hf(path, kept)
-    presets = models.presets()
-    if str(source) in presets:
+        if (path / hf.CONFIG).exists():
+            return _from_hf(path, kept)
+    if str(source) in models.presets():
         return _from_preset(str(source), kept or "float32")
-    raise ModelError(
-        f"`{source}` is no model: give a Hugging Face directory, a run, a .gguf file, or a preset "
-        f"({', '.join(presets)})"
-    )
+    raise no_model(source)
+
+
+def no_model(source: str | os.PathLike[str]) -> ModelError:
+    """Why `source` names no model: what there is instead, or the preset whose name is nearest."""
+    path, presets = Path(source).expanduser(), models.presets()
+    if path.is_dir():
+        found = safetensors.listing(path)
+        return ModelError(
+            f"{source}: holds no model: no checkpoint and no {hf.CONFIG}; found: {found}"
+        )
+    known = "a Hugging Face directory, a run, a .gguf file, or a preset"
+    if path.exists():
+        return ModelError(f"{source}: is no model; give {known}")
+    hint = models.near(str(source), presets) or f" ({', '.join(presets)})"
+    return ModelError(f"{source}: does not exist, and no preset has that name; give {known}{hint}")
 
 
 def describe(path: Path) -> tuple[str, models.Named, dict[str, Any]] | None:
@@ -231,7 +274,8 @@ def _first_good[T](candidates: list[Path], read: Callable[[Path], T]) -> T:
             result = read(candidate)
         except CheckpointError as error:
             failures.append(error)
-            log.warning("%s; trying the step before", error)
+            if candidate is not candidates[-1]:
+                log.warning("%s; trying the step before", error)
             continue
         return result
     raise failures[0]

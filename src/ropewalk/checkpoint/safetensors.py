@@ -7,8 +7,7 @@ reads only the slice. Knows no config and no model.
 import json
 import math
 import os
-import stat
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -18,6 +17,7 @@ import numpy as np
 from ropewalk.checkpoint.weights import Tensor, cast
 from ropewalk.core import dtypes
 from ropewalk.core.errors import ModelError
+from ropewalk.core.storage import read_json, regular_file
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -61,7 +61,7 @@ class Reader:
     def __init__(self, directory: str | Path) -> None:
         """Reads and checks every header.
 
-        Raises ModelError for anything but a whole, sound set of files.
+        Raises a UserError for anything but a whole, sound set of files.
         """
         self.place = str(directory)
         self.tensors = _of_directory(Path(directory))
@@ -81,55 +81,10 @@ class Reader:
         return np.memmap(tensor.file, dtype, "r", tensor.start, tensor.shape)
 
 
-def regular_file(path: Path, root: Path) -> Path:
-    """The path with links resolved. Raises ModelError unless it is a regular file inside `root`.
-
-    In a hub cache (`models--NAME/snapshots/REVISION`) the links into the same model's `blobs` are
-    inside.
-    """
-    try:
-        real, root = path.resolve(strict=True), root.resolve(strict=True)
-        mode = real.stat().st_mode
-    except (OSError, ValueError, RuntimeError) as error:
-        raise ModelError(
-            f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}"
-        ) from None
-    if root.parent.name == "snapshots" and root.parent.parent.name.startswith("models--"):
-        root = root.parent.parent
-    if not real.is_relative_to(root):
-        raise ModelError(
-            f"{path}: leads to {real}, outside of {root}; put the file itself there (cp -L)"
-        )
-    if not stat.S_ISREG(mode):
-        raise ModelError(
-            f"{path}: is a {_kind(mode)}, not a regular file; put the file itself there"
-        )
-    return real
-
-
-def read_json(path: Path, root: Path) -> dict[str, Any]:
-    """A JSON object from a regular file in `root`.
-
-    Raises ModelError with file and line when it is not one.
-    """
-    real = regular_file(path, root)
-    try:
-        values = json.loads(real.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ModelError(
-            f"{path}:{error.lineno}: not valid JSON: {error.msg} (column {error.colno})"
-        ) from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise ModelError(f"{path}: cannot be read as JSON: {error}") from None
-    if not isinstance(values, dict):
-        raise ModelError(f"{path}:1: holds a JSON {type(values).__name__}, expected an object")
-    return values
-
-
 def read_header(path: Path, root: Path) -> tuple[dict[str, Stored], dict[str, str]]:
     """The tensors and the metadata of one file.
 
-    Raises ModelError unless header and file agree to the last byte.
+    Raises a UserError unless header and file agree to the last byte.
     """
     real = regular_file(path, root)
     try:
@@ -195,12 +150,18 @@ def write(
     return [*paths, directory / INDEX]
 
 
+def listing(directory: Path) -> str:
+    """The first names in a directory, for messages."""
+    names = sorted(entry.name for entry in directory.iterdir())
+    return ", ".join(names[:8]) + (" ..." if len(names) > 8 else "") or "nothing"
+
+
 def _of_directory(directory: Path) -> dict[str, Stored]:
     if os.path.lexists(directory / SINGLE):
         return _supported(read_header(directory / SINGLE, directory)[0])
     if not os.path.lexists(directory / INDEX):
         raise ModelError(
-            f"{directory}: holds neither {SINGLE} nor {INDEX}; found: {_listing(directory)}"
+            f"{directory}: holds neither {SINGLE} nor {INDEX}; found: {listing(directory)}"
         )
     weight_map = read_json(directory / INDEX, directory).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
@@ -338,22 +299,6 @@ def _bytes(tensor: Tensor, dtype: np.dtype) -> memoryview:
     array = np.empty(tensor.shape, dtype)
     cast(tensor.value(), array, tensor.name)
     return array.reshape(-1).view(np.uint8).data
-
-
-def _listing(directory: Path) -> str:
-    names = sorted(entry.name for entry in directory.iterdir()) if directory.is_dir() else []
-    return ", ".join(names[:8]) + (" ..." if len(names) > 8 else "") if names else "nothing"
-
-
-def _kind(mode: int) -> str:
-    kinds: Mapping[int, str] = {
-        stat.S_IFIFO: "named pipe",
-        stat.S_IFDIR: "directory",
-        stat.S_IFCHR: "device",
-        stat.S_IFBLK: "device",
-        stat.S_IFSOCK: "socket",
-    }
-    return kinds.get(stat.S_IFMT(mode), "special file")
 
 
 def _bad(path: Path, problem: str) -> ModelError:

@@ -8,10 +8,10 @@ import typer
 def data(
     recipe: Annotated[str, typer.Argument(help="a recipe, as for train")],
     overrides: Annotated[
-        list[str] | None, typer.Argument(help="changes, e.g. data.length=128")
+        list[str] | None, typer.Argument(help="changes to the recipe, e.g. data.length=128")
     ] = None,
-    rows: Annotated[int, typer.Option(min=0, help="packed rows to show")] = 4,
-    batches: Annotated[int, typer.Option(min=1, help="batches to count")] = 20,
+    rows: Annotated[int, typer.Option(min=0, help="packed rows to show, token by token")] = 4,
+    batches: Annotated[int, typer.Option(min=1, help="batches to take and count")] = 20,
 ) -> None:
     """Show packed examples, boundaries and trained tokens visible, and count tokens, truncations
     and padding."""

@@ -12,6 +12,8 @@ from typing import Annotated, Any
 
 import typer
 
+import ropewalk
+
 _PACKAGES = (
     "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "pydantic", "typer", "rich",
     "tokenizers", "sentencepiece", "safetensors", "jinja2", "gguf", "tensorboardX", "pyarrow",
@@ -20,7 +22,9 @@ _PACKAGES = (
 _EXTRAS = {"wandb": "writing to Weights & Biases"}
 
 
-def doctor(as_json: Annotated[bool, typer.Option("--json")] = False) -> None:
+def doctor(
+    as_json: Annotated[bool, typer.Option("--json", help="as one JSON object")] = False,
+) -> None:
     """Devices, versions, memory, and what is missing with the line that installs it. Exit code 1
     when training cannot work."""
     facts = _facts()
@@ -28,7 +32,7 @@ def doctor(as_json: Annotated[bool, typer.Option("--json")] = False) -> None:
     advice = [f"{name} is missing: pip install {name}" for name in missing]
     advice += _accelerator_advice(facts)
     advice += [
-        f"{package} is absent ({purpose} needs it): uv pip install {package}"
+        f"{package} is absent ({purpose} needs it): pip install 'ropewalk[{package}]'"
         for package, purpose in _EXTRAS.items()
         if importlib.util.find_spec(package) is None
     ]
@@ -51,6 +55,7 @@ def _facts() -> dict[str, Any]:
     from ropewalk.core.compilation import programs_directory  # start-up time
 
     return {
+        "ropewalk": ropewalk.__version__,
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
         "memory": f"{_memory() / 2**30:.1f} GiB of RAM",

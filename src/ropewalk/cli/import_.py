@@ -18,19 +18,10 @@ def import_(
     from ropewalk.cli.export import export  # start-up time
     from ropewalk.core.errors import ModelError
 
-    path = Path(source)
-    found = (
-        "gguf"
-        if path.is_file() and path.suffix == ".gguf"
-        else "hf"
-        if path.is_dir()
-        else "nothing that is known"
-    )
+    path = Path(source).expanduser()
+    found = "hf" if path.is_dir() else path.suffix.removeprefix(".")
     if format and format not in ("gguf", "hf"):
         raise ModelError(f"--format {format} is not supported; supported: gguf, hf")
-    if found not in ("gguf", "hf") or (format and format != found):
-        raise ModelError(
-            f"{source}: is {found}, not {format or 'a .gguf file or a Hugging Face directory'}; "
-            "check the path and --format"
-        )
+    if format and path.exists() and format != found:
+        raise ModelError(f"{source}: is {found}, not {format}; check the path and --format")
     export(source, directory, dtype)

@@ -7,12 +7,17 @@ from typing import Annotated, Any
 
 import typer
 
+# What a checkpoint keeps beside the model.
+_BESIDE = ("opt_state", "extra", "step")
+
 
 def inspect(
     path: Annotated[
         str, typer.Argument(help="a recipe, run, checkpoint, model directory, .gguf file or preset")
     ],
-    as_json: Annotated[bool, typer.Option("--json")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="as one JSON object, the whole config included")
+    ] = False,
 ) -> None:
     """What is in it: parameters, shapes, dtypes, bytes."""
     from ropewalk.checkpoint import pretrained  # start-up time
@@ -24,10 +29,8 @@ def inspect(
         rows = [_row(name, record) for name, record in tensors.items()]
     else:
         kind, named, rows = _described(path)
-    total = {
-        "parameters": sum(math.prod(shape) for _, shape, _, _ in rows),
-        "bytes": sum(size for *_, size in rows),
-    }
+    model = [shape for name, shape, _, _ in rows if name.partition(".")[0] not in _BESIDE]
+    total = {"parameters": sum(map(math.prod, model)), "bytes": sum(size for *_, size in rows)}
     config = {"family": named.config.family(), **named.config.model_dump(mode="json")}
     if as_json:
         listed = [{"name": n, "shape": s, "dtype": d, "bytes": b} for n, s, d, b in rows]
@@ -40,7 +43,7 @@ def inspect(
             f"{_amount(size):>10}"
         )
     print(f"{kind} {path}: {config.pop('family')}, {len(rows)} tensors")
-    print(f"{total['parameters']:,} numbers, {_amount(total['bytes'])}")
+    print(f"{total['parameters']:,} parameters; {_amount(total['bytes'])} in all")
     print(
         "  ".join(f"{key}={value}" for key, value in config.items() if not isinstance(value, dict))
     )
@@ -70,15 +73,19 @@ def _row(name: str, record: Any) -> tuple[str, list[int], str, int]:
 def _described(path: str) -> tuple[str, Any, list[tuple[str, list[int], str, int]]]:
     """A recipe or a preset: what the model will hold."""
     from ropewalk import models  # start-up time
-    from ropewalk.checkpoint.pretrained import abstract
-    from ropewalk.core.errors import ModelError
+    from ropewalk.checkpoint.pretrained import abstract, no_model
     from ropewalk.layers.lm import table
     from ropewalk.train import build, run
 
-    if Path(path).expanduser().is_dir():
-        raise ModelError(f"{path}: holds no model: no checkpoint and no config.json")
-    if path in models.presets():
-        kind, named = "preset", models.presets()[path]
+    place, presets = Path(path).expanduser(), models.presets()
+    if path in presets:
+        kind, named = "preset", presets[path]
+    elif (
+        place.is_dir()
+        or place.suffix == ".safetensors"
+        or (not place.exists() and models.near(path, presets))
+    ):
+        raise no_model(path)
     else:
         kind, named = "recipe", build.model_of(run.read(path))
     specs = table(abstract(named.family, named.config))

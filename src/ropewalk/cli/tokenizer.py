@@ -22,14 +22,20 @@ def train(
         ),
     ],
     output: Annotated[Path, typer.Option("--output", "-o", help="directory for tokenizer.json")],
-    vocab_size: Annotated[int, typer.Option(help="ids, special ones included")] = 8192,
+    vocab_size: Annotated[int, typer.Option(help="most ids, special ones included")] = 8192,
     column: Annotated[str, typer.Option(help="of the text, in records")] = "text",
 ) -> None:
     """Train a byte-level BPE on text files; what it writes opens in every tool that reads
     tokenizer.json."""
-    from ropewalk.data import pipeline  # start-up time
+    from ropewalk.core.errors import UserError  # start-up time
+    from ropewalk.data import pipeline
     from ropewalk.text import bpe
 
+    held = [path.name for path in output.iterdir()] if output.is_dir() else []
+    foreign = [name for name in held if name not in ("tokenizer.json", "tokenizer_config.json")]
+    if foreign or (output.exists() and not output.is_dir()):
+        what = f"holds {min(foreign)}" if foreign else "is a file"
+        raise UserError(f"{output}: {what}; choose an empty or new directory for the tokenizer")
     config = pipeline.Config.parse(
         {"sources": [{"path": files, "column": column}]}, "tokenizer train"
     )

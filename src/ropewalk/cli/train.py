@@ -2,6 +2,7 @@
 
 import json
 import sys
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -13,7 +14,10 @@ def train(
     ] = "",
     overrides: Annotated[
         list[str] | None,
-        typer.Argument(help="changes to the recipe, e.g. optimizer.learning_rate=1e-3"),
+        typer.Argument(
+            help="changes to the recipe, e.g. optimizer.learning_rate=1e-3; `--print-config all` "
+            "lists every key"
+        ),
     ] = None,
     print_config: Annotated[
         str,
@@ -22,17 +26,28 @@ def train(
         ),
     ] = "",
     print_schema: Annotated[
-        bool, typer.Option(help="print the recipe's JSON Schema for editors, and leave")
+        bool,
+        typer.Option(
+            "--print-schema", help="print the recipe's JSON Schema for editors, and leave"
+        ),
     ] = False,
 ) -> None:
     """Train a model as a recipe says; the same command again goes on where the run stopped."""
-    from ropewalk.train import run as runs  # start-up time
+    from ropewalk.core.errors import ConfigError  # start-up time
+    from ropewalk.metrics.report import RECIPE_FILE
+    from ropewalk.train import run as runs
 
     if print_schema:
         print(json.dumps(runs.Run.model_json_schema(), indent=2))
         return
     if not recipe:
         raise typer.BadParameter("name a recipe: a YAML file, or a bundled one, e.g. tiny")
+    kept = Path(recipe) / RECIPE_FILE
+    if kept.is_file():
+        raise ConfigError(
+            f"`{recipe}` is a directory; the recipe in it is {kept}. If it is that of a run, the "
+            "command that began the run goes on with it"
+        )
     run = runs.read(recipe, overrides or [])
     if print_config:
         _print_config(run, print_config)

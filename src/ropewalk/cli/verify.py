@@ -15,7 +15,7 @@ def verify(
     tolerance: Annotated[
         float, typer.Option(min=0.0, help="largest difference of tensors and logits")
     ] = 1e-4,
-    as_json: Annotated[bool, typer.Option("--json")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="as one JSON object")] = False,
 ) -> None:
     """Compare two models: config, every tensor, the tokenizer, and logits in float32. Exit code 1
     when they differ."""

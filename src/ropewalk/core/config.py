@@ -5,6 +5,7 @@ Knows nothing of what the keys mean; every room declares its own `Config` subcla
 """
 
 import difflib
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import UnionType
@@ -26,9 +27,12 @@ class Config(pydantic.BaseModel):
     @classmethod
     def parse(cls, values: dict[str, Any], source: str = "the configuration") -> Self:
         """Validates `values` and returns the config. Raises ConfigError naming `source`, the key
-        and the fix."""
+        and the fix.
+
+        `source` is the file they come from, or a name for it; validators find it in their context.
+        """
         try:
-            return cls.model_validate(values)
+            return cls.model_validate(values, context={"source": source})
         except pydantic.ValidationError as error:
             raise ConfigError(_explain(cls, error, source)) from None
 
@@ -64,9 +68,10 @@ def override(
 ) -> dict[str, Any]:
     """Returns `values` with `key.sub=value` assignments applied; each value is read as YAML.
 
-    A scalar that stands where an assignment needs a mapping becomes one: under the key that
-    `shorthands` names for it (`{"layout": "rules"}`), else an empty one.
+    `shorthands` (`{"layout": "rules"}`) names the key that a bare text stands for. Any other scalar
+    where an assignment needs a mapping gives way to one.
     """
+    shorthands = shorthands or {}
     result = _copied(values)
     for assignment in assignments:
         key, equals, text = assignment.partition("=")
@@ -78,12 +83,14 @@ def override(
         *parents, last = key.strip().split(".")
         place = result
         for parent in parents:
+            if place is result:
+                _open(result, parent, shorthands)
             if not isinstance(place.get(parent), dict):
-                under = (shorthands or {}).get(parent)
-                known = under is not None and place.get(parent) is not None
-                place[parent] = {under: place[parent]} if known else {}
+                place[parent] = {}
             place = place[parent]
         place[last] = _scalar(text)
+    for key in shorthands:
+        _open(result, key, shorthands)
     return result
 
 
@@ -106,6 +113,11 @@ def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[f"{prefix}{key}"] = value
     return flat
+
+
+def _open(values: dict[str, Any], key: str, shorthands: Mapping[str, str]) -> None:
+    if key in shorthands and isinstance(values.get(key), str):
+        values[key] = {shorthands[key]: values[key]}
 
 
 def _scalar(text: str) -> Any:
@@ -156,17 +168,76 @@ def _nested(annotation: Any) -> Iterator[type[Config]]:
 
 def _explain(cls: type[Config], error: pydantic.ValidationError, source: str) -> str:
     known = [name for name, _ in leaf_fields(cls)]
-    lines = []
-    for item in error.errors()[:5]:
+    lines: dict[str, str] = {}  # a union reports a value once for each of its members
+    for item in error.errors():
         key = ".".join(str(part) for part in item["loc"])
         if item["type"] == "extra_forbidden":
-            lines.append(_unknown_key(key, known))
+            lines[key] = _unknown_key(key, known)
         elif item["type"] == "missing":
-            lines.append(f"key `{key}` is required")
+            lines[key] = f"key `{key}` is required"
         else:
-            message = item["msg"].removeprefix("Value error, ")
-            lines.append(f"key `{key}` = {item['input']!r}: {message}" if key else message)
-    return f"{source}: " + "; ".join(lines)
+            loc, annotation = _declared(cls, item["loc"])
+            key = ".".join(str(part) for part in loc)
+            if any(told.startswith(f"{key}.") for told in lines if key):
+                continue  # what is wrong inside has been told
+            message = _shape(item, loc, annotation)
+            message = message or item["msg"].removeprefix("Value error, ")
+            line = f"key `{key}` = {item['input']!r}: {message}" if key else message
+            lines.setdefault(key, line)
+    return f"{source}: " + "; ".join(list(lines.values())[:5])
+
+
+def _declared(cls: type[Config], loc: tuple[int | str, ...]) -> tuple[tuple[int | str, ...], Any]:
+    """The part of an error's place that a person wrote, members of unions left out, and the
+    annotation of what stands there."""
+    written: list[int | str] = []
+    found: Any = cls
+    for part in loc:
+        inner = _inner(found, part)
+        if inner is not None or get_origin(found) not in (Union, UnionType):
+            written, found = [*written, part], inner
+    return tuple(written), found
+
+
+def _inner(annotation: Any, part: int | str) -> Any:
+    """What stands under a key or an index of what an annotation describes; None if nothing may."""
+    origin, options = get_origin(annotation), get_args(annotation)
+    if isinstance(part, int):
+        if origin is tuple:
+            return options[0]
+    elif origin is dict:
+        return options[1]
+    elif isinstance(annotation, type) and issubclass(annotation, Config):
+        field = annotation.model_fields.get(part)
+        return field.annotation if field else None
+    if origin in (Union, UnionType):
+        return next(filter(None, (_inner(option, part) for option in options)), None)
+    return None
+
+
+def _shape(item: Any, loc: tuple[int | str, ...], annotation: Any) -> str | None:
+    """A list or a mapping that is none, or is too short, in words: with an example made from the
+    value that was given where that makes a valid one, else with the keys there are."""
+    if item["type"] == "too_short":
+        return f"at least {item['ctx']['min_length']} of them is needed"
+    mapping = item["type"] in ("dict_type", "model_type")
+    if not mapping and item["type"] not in ("tuple_type", "list_type"):
+        return None
+    value = item["input"]
+    options = list(_nested(annotation if mapping else _inner(annotation, 0)))
+    keys = list(dict.fromkeys(name for option in options for name in option.model_fields))
+    what = "a mapping" if mapping else "a list of mappings" if keys else "a list"
+    mappings = [{key: value} for key in keys]
+    for candidate in mappings if mapping else [[part] for part in (value, *mappings)]:
+        try:
+            pydantic.TypeAdapter(annotation).validate_python(candidate)
+        except pydantic.ValidationError:
+            continue
+        text = yaml.safe_dump(candidate, default_flow_style=True, width=1000).strip()
+        if not any(isinstance(part, int) for part in loc):  # nothing assigns to a list's entry
+            text = shlex.quote(f"{'.'.join(map(str, loc))}={text}")
+        return f"{what} is expected, e.g. {text}"
+    return f"{what}{f' with the keys {", ".join(keys)}' if keys else ''} is expected"
 
 
 def _unknown_key(key: str, known: list[str]) -> str:

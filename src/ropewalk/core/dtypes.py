@@ -1,12 +1,8 @@
-"""Names of number formats, and which of them stores and which computes."""
-
-from typing import Any, Literal
+"""Names of number formats."""
 
 import jax.numpy as jnp
 
 from ropewalk.core.errors import ConfigError
-
-Name = Literal["float32", "bfloat16", "float16"]
 
 _SPELLINGS = {
     "float32": "float32", "fp32": "float32", "f32": "float32", "F32": "float32",
@@ -18,12 +14,7 @@ _SPELLINGS = {
 def parse(name: str) -> jnp.dtype:
     """The dtype for a name as Hugging Face, safetensors or a person spells it. Raises
     ConfigError."""
-    spelling = _SPELLINGS.get(name.removeprefix("torch."))
+    spelling = _SPELLINGS.get(name.removeprefix("torch.")) if isinstance(name, str) else None
     if spelling is None:
         raise ConfigError(f"dtype `{name}` is not supported; use one of float32, bfloat16, float16")
     return jnp.dtype(spelling)
-
-
-def is_float(value: Any) -> bool:
-    """Whether an array (or its abstract shape) holds floating-point numbers."""
-    return jnp.issubdtype(value.dtype, jnp.floating)

@@ -1,15 +1,26 @@
-"""Files that are either whole or absent: written beside their place, flushed, then renamed."""
+"""Files that are either whole or absent: written beside their place, flushed, then renamed. And
+files of others, read only where they are regular ones."""
 
 import contextlib
 import fcntl
+import json
 import os
+import stat
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from ropewalk.core.errors import UserError
 
 LOCK = ".lock"
+_KINDS = {
+    stat.S_IFIFO: "named pipe",
+    stat.S_IFDIR: "directory",
+    stat.S_IFCHR: "device",
+    stat.S_IFBLK: "device",
+    stat.S_IFSOCK: "socket",
+}
 
 
 def write_atomic(path: str | Path, content: str | bytes) -> None:
@@ -55,3 +66,55 @@ def owned(directory: str | Path) -> Iterator[None]:
                 "another `directory`"
             ) from None
         yield
+
+
+def regular_file(path: Path, root: Path | None = None) -> Path:
+    """The path with links resolved. Raises UserError unless it is a regular file, and inside `root`
+    where one is given.
+
+    In a hub cache (`models--NAME/snapshots/REVISION`) the links into the same model's `blobs` are
+    inside.
+    """
+    try:
+        real, home = path.resolve(strict=True), None if root is None else root.resolve(strict=True)
+        mode = real.stat().st_mode
+    except (OSError, ValueError, RuntimeError) as error:
+        raise UserError(
+            f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}"
+        ) from None
+    if home is not None:
+        if home.parent.name == "snapshots" and home.parent.parent.name.startswith("models--"):
+            home = home.parent.parent
+        if not real.is_relative_to(home):
+            raise UserError(
+                f"{path}: leads to {real}, outside of {home}; put the file itself there (cp -L)"
+            )
+    if not stat.S_ISREG(mode):
+        kind = _KINDS.get(stat.S_IFMT(mode), "special file")
+        raise UserError(f"{path}: is a {kind}, not a regular file; put the file itself there")
+    return real
+
+
+def read_bytes(path: Path, root: Path | None = None) -> bytes:
+    """What `regular_file` holds. Raises UserError when it cannot be read."""
+    real = regular_file(path, root)
+    try:
+        return real.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror or error}") from None
+
+
+def read_json(path: Path, root: Path | None = None) -> dict[str, Any]:
+    """A JSON object from a regular file. Raises UserError with file and line when it is not one."""
+    content = read_bytes(path, root)
+    try:
+        values = json.loads(content.decode("utf-8"))
+    except json.JSONDecodeError as error:
+        raise UserError(
+            f"{path}:{error.lineno}: not valid JSON: {error.msg} (column {error.colno})"
+        ) from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: cannot be read as JSON: {error}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path}:1: holds a JSON {type(values).__name__}, expected an object")
+    return values

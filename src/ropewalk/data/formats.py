@@ -33,6 +33,7 @@ COMPRESSED: dict[str, Callable[[Path], Any]] = {
     ".xz": lzma.open,
 }
 SUPPORTED = ".txt, .jsonl (both also with .gz, .bz2 or .xz), .parquet, .arrayrecord"
+BOM = b"\xef\xbb\xbf"  # that some editors write before UTF-8 text
 _CHUNK = 8 << 20
 _CACHE_BYTES = 64 << 20
 _CORRUPT = (OSError, EOFError, zlib.error, lzma.LZMAError)
@@ -42,10 +43,11 @@ class Part(ABC):
     """The documents of one file.
 
     `bounds` int64 [documents] is the number of bytes each takes at most; `labels`, where asked for,
-    the value of one more column of every document.
+    the value of one more column of every document; `columns` those of the first record.
     """
 
     bounds: np.ndarray
+    columns: Sequence[str] = ()
     labels: Sequence[str | None] | None = None
 
     @abstractmethod
@@ -100,6 +102,12 @@ class Documents:
         """The value of the extra column the files were opened with."""
         part, j = self._locate(i)
         return part.labels[j] if part.labels is not None else None
+
+    def columns(self) -> list[str]:
+        """What a label may be taken from: the columns of the files' first records, and `file`."""
+        return list(
+            dict.fromkeys([name for part in self._parts for name in part.columns] + ["file"])
+        )
 
     def _locate(self, i: int) -> tuple[Part, int]:
         which = int(np.searchsorted(self._first, i, side="right")) - 1
@@ -159,6 +167,7 @@ def _open(file: Path, column: str, label: str | None) -> Part:
         part.labels = [_label(part.record(i), label) for i in range(len(part.bounds))]
     if isinstance(part, RecordFile):
         part.text(0)  # a wrong column shows now, not in the middle of a run
+        part.columns = list(part.record(0))
     return part
 
 
@@ -167,11 +176,12 @@ class TextFile(Part):
 
     def __init__(self, file: Path) -> None:
         self._file = file
-        self.bounds = np.array([file.stat().st_size], np.int64)
+        self._start = _text_start(file)
+        self.bounds = np.array([file.stat().st_size - self._start], np.int64)
 
     def read(self, i: int, start: int, stop: int) -> bytes:
         """See `Part`."""
-        return _read(self._file, start, stop - start)
+        return _read(self._file, self._start + start, stop - start)
 
     def text(self, i: int) -> bytes:
         """See `Part`."""
@@ -247,7 +257,7 @@ class JsonLines(RecordFile):
         self._file = file
         self._column = column
         ends = _newlines(file)
-        starts = np.concatenate([[0], ends[:-1] + 1])
+        starts = np.concatenate([[_text_start(file)], ends[:-1] + 1])
         keep = np.flatnonzero(ends - starts > 1)  # an empty line, with or without \r, is no record
         self._starts, self._lines = starts[keep], keep + 1
         self.bounds = (ends - starts)[keep]
@@ -323,25 +333,32 @@ def decode(data: bytes, name: str, offset: int) -> str:
 
 def _spooled_text(file: Path, compressed: str) -> Spooled:
     with COMPRESSED[compressed](file) as stream:
-        return Spooled(file, [(None, stream.read(), None)], "")
+        return Spooled(file, [(None, stream.read().removeprefix(BOM), None)], "")
 
 
 def _spooled_lines(file: Path, compressed: str, column: str, label: str | None) -> Spooled:
+    columns: list[str] = []
+
     def documents(stream: IO[bytes]) -> Iterator[tuple[int, bytes, str | None]]:
         offset = 0
-        for number, line in enumerate(stream, 1):
+        for number, whole in enumerate(stream, 1):
+            line = whole if offset else whole.removeprefix(BOM)
+            offset += len(whole)
             if line.strip():
                 name = f"{file}:{number}"
-                record = _parse(line, name, f"{file}, unpacked byte", offset)
+                record = _parse(line, name, f"{file}, unpacked byte", offset - len(line))
+                if not columns:
+                    columns.extend(record)
                 yield (
                     number,
                     _column(record, column, name),
                     None if label is None else _label(record, label),
                 )
-            offset += len(line)
 
     with COMPRESSED[compressed](file) as stream:
-        return Spooled(file, documents(stream), ":")
+        part = Spooled(file, documents(stream), ":")
+    part.columns = columns
+    return part
 
 
 def _spooled_parquet(file: Path, column: str, label: str | None) -> Spooled:
@@ -364,7 +381,9 @@ def _spooled_parquet(file: Path, column: str, label: str | None) -> Spooled:
                     )
                     number += 1
 
-        return Spooled(file, documents(), " row ")
+        part = Spooled(file, documents(), " row ")
+    part.columns = names
+    return part
 
 
 def _read(file: Path, start: int, count: int) -> bytes:
@@ -374,6 +393,11 @@ def _read(file: Path, start: int, count: int) -> bytes:
             return handle.read(count)
     except OSError as error:
         raise DataError(f"data file {file}: cannot be read: {error.strerror}") from None
+
+
+def _text_start(file: Path) -> int:
+    """The byte at which the text of a file begins."""
+    return len(BOM) if _read(file, 0, len(BOM)) == BOM else 0
 
 
 def _newlines(file: Path) -> np.ndarray:

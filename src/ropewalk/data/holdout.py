@@ -84,15 +84,18 @@ def _held_out(config: Config) -> list[tuple[Documents, np.ndarray]]:
     found = {documents.label(int(i)) for documents, keep in opened for i in keep}
     for value in holdout.values:
         if value not in found:
-            labels = {documents.label(i) for documents, _ in opened for i in range(len(documents))}
-            known = sorted(label for label in labels if label is not None)
-            near = difflib.get_close_matches(value, known, n=1, cutoff=0.4)
-            hint = (
-                f"did you mean `{near[0]}`?"
-                if near
-                else f"the column has {', '.join(known[:5]) or 'no values'}"
-            )
+            hint = _hint(value, [documents for documents, _ in opened])
             raise DataError(
                 f"data: no document has `{holdout.column}` = `{value}` to hold out; {hint}"
             )
     return opened
+
+
+def _hint(value: str, opened: list[Documents]) -> str:
+    labels = {documents.label(i) for documents in opened for i in range(len(documents))}
+    known = sorted(label for label in labels if label is not None)
+    if not known:
+        columns = dict.fromkeys(column for documents in opened for column in documents.columns())
+        return f"no document has a value there; columns found: {', '.join(columns)}"
+    near = difflib.get_close_matches(value, known, n=1, cutoff=0.4)
+    return f"did you mean `{near[0]}`?" if near else f"the column has {', '.join(known[:5])}"

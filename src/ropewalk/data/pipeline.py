@@ -7,6 +7,7 @@ packer on top.
 
 import weakref
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any, Literal, Self
 
 import grain
@@ -18,7 +19,7 @@ from ropewalk.core.errors import DataError
 from ropewalk.data import formats
 from ropewalk.data.pack import Lane, Piece, Plan, fill
 from ropewalk.data.records import Record, Records, SyntheticRecords, TextRecords
-from ropewalk.data.source import Source, resolve
+from ropewalk.data.source import Source, fingerprint
 from ropewalk.data.stats import Batch
 from ropewalk.text.tokenizer import Tokenizer
 
@@ -43,7 +44,8 @@ class Holdout(BaseConfig):
     def _one_kind(self) -> Self:
         if bool(self.values) == (self.source is not None):
             raise ValueError(
-                "a holdout has either `values` of a column or a `source`, and not both"
+                "a holdout has either `values` of a column or a `source`, and not both, e.g. "
+                "data.holdout={column: title, values: [macbeth]}"
             )
         return self
 
@@ -86,6 +88,7 @@ class Batches(Iterator[Batch]):
         ]
         plan = _plan(config, records)
         self.max_token_id = max(_max_token_ids(config, tokenizer))
+        self._files = [file for entry in config.sources for file in entry.files()]
         self._fingerprint = {
             **config.model_dump(
                 mode="json", include={"batch_size", "length", "seed", "order", "long", "pack"}
@@ -94,6 +97,7 @@ class Batches(Iterator[Batch]):
             "records": [len(entry) for entry in records],
             "bytes": [entry.bytes for entry in records],
             "vocab_size": self.max_token_id + 1,
+            "files": [fingerprint(file) for file in self._files],
         }
         rows = _Rows(plan, mine, ends=processes == 1)
         prefetch = grain.experimental.ThreadPrefetchIterDataset(rows, prefetch_buffer_size=PREFETCH)
@@ -112,7 +116,7 @@ class Batches(Iterator[Batch]):
 
     def get_state(self) -> dict[str, Any]:
         """Where the stream is, as JSON values: right after the last batch handed out, for the
-        lanes of this process; `merge_states` joins those of several."""
+        lanes of this process; `checkpoint.manager.unite` joins those of several."""
         state = self._iterator.get_state()
         return {
             "data": self._fingerprint,
@@ -126,7 +130,7 @@ class Batches(Iterator[Batch]):
         Raises DataError naming what differs when the data is not the same, or when lanes are
         missing.
         """
-        _same(state["data"], self._fingerprint)
+        _same(state["data"], self._fingerprint, self._files)
         self._iterator.set_state({"batches": state["batches"], "lanes": state["lanes"]})
 
     def close(self) -> None:
@@ -136,24 +140,6 @@ class Batches(Iterator[Batch]):
 
 def _close(iterators: list[grain.DatasetIterator[Batch]]) -> None:
     iterators.pop().close()
-
-
-def merge_states(states: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """One state from those of all processes. Raises DataError when they were not taken at the
-    same batch."""
-    lanes: dict[str, Any] = {}
-    for state in states:
-        _same(state["data"], states[0]["data"])
-        if state["batches"] != states[0]["batches"]:
-            raise DataError(
-                f"data states of batches {states[0]['batches']} and {state['batches']} do not"
-                " belong together"
-            )
-        lanes.update(state["lanes"])
-    return {
-        **states[0],
-        "lanes": {lane: lanes[lane] for lane in sorted(lanes, key=int)},
-    }
 
 
 def share(rows: int, process: int, processes: int) -> range:
@@ -191,8 +177,8 @@ def open_source(
 ) -> tuple[formats.Documents, np.ndarray]:
     """A source's documents, and the numbers of those to train on, or of those `held_out`."""
     by_column = holdout if holdout is not None and holdout.values else None
-    files = resolve(entry.path or ())
-    documents = formats.open_files(files, entry.column, by_column.column if by_column else None)
+    label = by_column.column if by_column else None
+    documents = formats.open_files(entry.files(), entry.column, label)
     if by_column is None:
         return documents, np.arange(0 if held_out else len(documents))
     wanted = set(by_column.values)
@@ -257,7 +243,8 @@ def _records(entry: Source, config: Config, tokenizer: Tokenizer | None, number:
         return SyntheticRecords(entry.synthetic, config.seed + number, limit)
     if tokenizer is None:
         raise DataError(
-            f"data: source {number} is text, which needs a tokenizer; set `tokenizer` in the recipe"
+            f"data: source {number} is text, which needs a tokenizer; set one, e.g. tokenizer=byte,"
+            " or tokenizer.bpe=8192, which is trained on the data"
         )
     documents, keep = open_source(entry, config.holdout)
     if not len(keep):
@@ -310,11 +297,24 @@ def _max_token_ids(config: Config, tokenizer: Tokenizer | None) -> Iterator[int]
             yield tokenizer.vocab_size - 1
 
 
-def _same(saved: dict[str, Any], now: dict[str, Any]) -> None:
+def _same(saved: dict[str, Any], now: dict[str, Any], files: Sequence[Path]) -> None:
+    """Raises DataError unless the saved fingerprint, of which an older one has fewer keys, is now's
+    and so each of `files` as it was."""
     differing = [
-        f"{key} was {saved.get(key)}, is {now[key]}" for key in now if saved.get(key) != now[key]
+        f"{key} was {saved[key]}, is {now[key]}"
+        for key in now
+        if key != "files" and key in saved and saved[key] != now[key]
     ]
+    before = saved.get("files", now["files"])
+    if len(before) != len(files):
+        differing.append(f"there were {len(before)} files, there are {len(files)}")
+    else:
+        hashes = zip(files, before, now["files"], strict=True)
+        changed = [str(file) for file, was, is_now in hashes if was != is_now]
+        differing += [f"the content of {file} is another" for file in changed[:5]]
+        differing += [f"so is that of {len(changed) - 5} more files"] if len(changed) > 5 else []
     if differing:
         raise DataError(
-            f"the data state was saved with other data or settings: {'; '.join(differing)}"
+            f"the data is not what it was when the state was saved: {'; '.join(differing)}. Put it "
+            "back to go on, or choose another `directory` to begin anew"
         )

@@ -9,8 +9,11 @@ from ropewalk.core.config import Config
 from ropewalk.core.errors import ModelError
 from ropewalk.layers import rope
 
+Count = Annotated[int, pydantic.Field(gt=0)]
 # Features of a head; rotary positions turn them in pairs.
 HeadDim = Annotated[int, pydantic.Field(gt=0, multiple_of=2)]
+
+_COUNT = pydantic.TypeAdapter(Count)
 
 # Keys that cannot change what the model computes from its weights.
 _HARMLESS = frozenset({
@@ -36,14 +39,14 @@ class LMConfig(Config):
     architecture: ClassVar[str]
     """the name of Hugging Face's class for it"""
 
-    vocab_size: int = pydantic.Field(gt=0)
-    hidden_size: int = pydantic.Field(gt=0)
-    intermediate_size: int = pydantic.Field(gt=0)
-    num_hidden_layers: int = pydantic.Field(gt=0)
-    num_attention_heads: int = pydantic.Field(gt=0)
-    num_key_value_heads: int = pydantic.Field(gt=0)
+    vocab_size: Count
+    hidden_size: Count
+    intermediate_size: Count
+    num_hidden_layers: Count
+    num_attention_heads: Count
+    num_key_value_heads: Count
     head_dim: HeadDim
-    max_position_embeddings: int = pydantic.Field(default=2048, gt=0)
+    max_position_embeddings: Count = 2048
     hidden_act: str = "silu"
     rms_norm_eps: float = pydantic.Field(default=1e-6, gt=0)
     rope_theta: float = pydantic.Field(default=10_000.0, gt=0)
@@ -54,19 +57,17 @@ class LMConfig(Config):
     @classmethod
     def _derive(cls, values: dict[str, Any]) -> dict[str, Any]:
         """Heads of keys default to those of queries, and a head to its share of the hidden
-        features."""
+        features. What would follow from a value that is refused is not blamed too."""
         values = {key: value for key, value in values.items() if value is not None}
-        heads, hidden = values.get("num_attention_heads"), values.get("hidden_size")
-        if heads and "num_key_value_heads" not in values:
-            values["num_key_value_heads"] = heads
-        wanted = "head_dim" not in values and "head_dim" in _undefaulted(cls)
-        if wanted and isinstance(heads, int) and isinstance(hidden, int) and heads > 0:
-            if hidden % heads:
+        heads, hidden = _count(values, "num_attention_heads"), _count(values, "hidden_size")
+        values.setdefault("num_key_value_heads", heads or 1)
+        if "head_dim" not in values and cls.model_fields["head_dim"].is_required():
+            if heads and hidden and hidden % heads:
                 raise ValueError(
                     f"hidden_size = {hidden} is not a multiple of num_attention_heads = {heads}; "
                     "change one, or set head_dim"
                 )
-            values["head_dim"] = hidden // heads
+            values["head_dim"] = hidden // heads if heads and hidden else 2
         return values
 
     @pydantic.model_validator(mode="after")
@@ -122,8 +123,12 @@ class LMConfig(Config):
         return cls.__module__.rpartition(".")[2]
 
 
-def _undefaulted(cls: type[Config]) -> set[str]:
-    return {name for name, field in cls.model_fields.items() if field.is_required()}
+def _count(values: dict[str, Any], key: str) -> int | None:
+    """What a count will be read as; None where it is missing or will be refused."""
+    try:
+        return _COUNT.validate_python(values.get(key))
+    except pydantic.ValidationError:
+        return None
 
 
 def _plain_rope(values: dict[str, Any], source: str) -> dict[str, Any]:

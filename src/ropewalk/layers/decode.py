@@ -24,12 +24,15 @@ from ropewalk.parallel.axes import platform
 
 # Prompts and caches are padded to powers of two from here on, so that few programs are compiled.
 _SHORTEST = 32
+# New tokens where nothing is said.
+_NEW = 128
 
 
 class Sampling(Config):
     """How tokens are chosen, and when to stop."""
 
-    max_new_tokens: int = pydantic.Field(default=128, ge=1)
+    max_new_tokens: int | None = pydantic.Field(default=None, ge=1)
+    """by default 128, or as many as the longest prompt leaves positions for"""
     temperature: float = pydantic.Field(default=0.0, ge=0)
     """0 takes the most likely token every time"""
     top_k: int = pydantic.Field(default=0, ge=0, lt=2**31)
@@ -73,14 +76,21 @@ class Decoder:
     def stream(
         self, prompts: Sequence[Sequence[int]], sampling: Sampling, stops: Sequence[int] = ()
     ) -> Iterator[Emitted]:
-        """Yields the new tokens, step by step.
+        """The new tokens, step by step.
 
         A sequence ends with a token of `stops` (yielded too) or at `max_new_tokens`.
 
         Raises ModelError for an empty prompt, a token the vocabulary lacks, or more tokens than the
         model has positions.
         """
-        self._check(prompts, sampling.max_new_tokens)
+        left = self.length - max(map(len, prompts))
+        new = sampling.max_new_tokens or max(1, min(_NEW, left))
+        self._check(prompts, new)
+        return self._stream(prompts, new, sampling, stops)
+
+    def _stream(
+        self, prompts: Sequence[Sequence[int]], new: int, sampling: Sampling, stops: Sequence[int]
+    ) -> Iterator[Emitted]:
         longest = max(map(len, prompts))
         tokens = np.zeros((len(prompts), _padded(longest)), np.int32)
         segments = np.zeros_like(tokens)
@@ -88,7 +98,7 @@ class Decoder:
             tokens[row, : len(prompt)] = prompt
             segments[row, : len(prompt)] = 1
         ends = np.array([len(prompt) for prompt in prompts], np.int32)
-        cache = self._cache(len(prompts), _padded(longest + sampling.max_new_tokens))
+        cache = self._cache(len(prompts), _padded(longest + new))
         knobs = (
             jnp.float32(sampling.temperature),
             jnp.int32(sampling.top_k),
@@ -97,9 +107,9 @@ class Decoder:
         key = jax.random.key(sampling.seed)
         state = self._prefill(self._weights, tokens, segments, cache, ends, key, knobs)
         alive = [True] * len(prompts)
-        for count in range(1, sampling.max_new_tokens + 1):
+        for count in range(1, new + 1):
             token, logprob, position, cache = state
-            if count < sampling.max_new_tokens:  # dispatched before this step's token is waited for
+            if count < new:  # dispatched before this step's token is waited for
                 step_key = jax.random.fold_in(key, count)
                 state = self._decode(self._weights, cache, token, position, step_key, knobs)
             ids, scores = np.asarray(token).tolist(), np.asarray(logprob).tolist()
@@ -153,8 +163,9 @@ class Decoder:
 
 @jax.jit
 def _ready(model: LM) -> LM:
-    """The model unstacked, and for a CPU and bfloat16 with its weights the way few rows read them
-    fastest."""
+    """The model unstacked, its weights in the dtype it computes in, and for a CPU and bfloat16 the
+    way few rows read them fastest."""
+    model = jax.tree.map(lambda weight: weight.astype(model.embed.dtype or weight.dtype), model)
     narrow = model.embed.weight[...].dtype == jnp.bfloat16
     model.layers = model.layers.unstacked()
     if narrow and platform() == "cpu":

@@ -12,8 +12,11 @@ class Embedding(nnx.Module):
 
     def __init__(self, vocab: int, size: int, *, rngs: nnx.Rngs):
         value = INIT_STD * jax.random.normal(rngs.params(), (vocab, size), jnp.float32)
+        self.dtype: str | None = None
         self.weight = nnx.Param(value, axes=("vocab", "embed"))
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
-        """int32 [b, t] -> [b, t, d]"""
-        return jnp.take(self.weight[...], tokens, axis=0)
+        """int32 [b, t] -> [b, t, d] in `dtype`, or as the table is stored; it is what the layers
+        after it compute in."""
+        rows = jnp.take(self.weight[...], tokens, axis=0)
+        return rows if self.dtype is None else rows.astype(self.dtype)

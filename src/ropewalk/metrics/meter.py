@@ -150,8 +150,8 @@ class Meter:
     def observe(self, step: int, tokens: int, now: float) -> dict[str, float]:
         """Steps up to `step` are done at `now`, with `tokens` tokens since the last observation.
 
-        Returns tokens (cumulative), step_s and tokens_per_s of the last interval, mfu (if a peak is
-        known), goodput and eta_s. Raises ValueError when `step` has not advanced.
+        Returns tokens (cumulative), step_s of the last interval, tokens_per_s and mfu (if a peak is
+        known) over the window, goodput and eta_s. Raises ValueError when `step` has not advanced.
         """
         steps = step - self.step
         if steps <= 0:
@@ -161,10 +161,11 @@ class Meter:
         self._last, self._pending_aside = now, 0.0
         self._in_steps += seconds
         self._recent.append((seconds, steps, tokens))
+        window_s, _, window_tokens = map(sum, zip(*self._recent, strict=True))
         rates = {
             "tokens": self.tokens,
             "step_s": seconds / steps,
-            "tokens_per_s": tokens / seconds,
+            "tokens_per_s": window_tokens / window_s,
             "goodput": self.goodput(now),
             "eta_s": self.eta(now),
         }

@@ -20,7 +20,7 @@ from ropewalk.core.config import read_yaml
 from ropewalk.core.errors import ConfigError
 from ropewalk.core.storage import write_atomic
 from ropewalk.metrics import curves
-from ropewalk.metrics.writers import METRICS_FILE, SAMPLES_FILE, duration
+from ropewalk.metrics.writers import METRICS_FILE, SAMPLES_FILE, duration, told
 
 REPORT_FILE = "report.html"
 RECIPE_FILE = "recipe.yml"
@@ -139,9 +139,9 @@ def charts(history: History) -> list[curves.Chart]:
         "held-out", "held-out", curves.downsample(series["eval_bits_per_byte"].points())
     )
     rate = curves.Line("learning rate", "main", curves.downsample(series["learning_rate"].points()))
-    norm, throughput = (
-        _noisy(series["grad_norm"], "each step"),
-        _noisy(series["tokens_per_s"], "each step"),
+    norm = _noisy(series["grad_norm"], "each step")
+    throughput = curves.Line(
+        "running mean", "main", curves.downsample(series["tokens_per_s"].points())
     )
     found = (
         curves.lay_out(
@@ -152,7 +152,7 @@ def charts(history: History) -> list[curves.Chart]:
             _plain,
         ),
         curves.lay_out("Held-out bits per byte", "", [bits], x_range, _plain),
-        curves.lay_out("Throughput", "tokens/s", throughput, x_range, _compact),
+        curves.lay_out("Throughput", "tokens/s", [throughput], x_range, _compact),
         curves.lay_out("Learning rate", "", [rate], x_range, _plain),
         curves.lay_out("Gradient norm", "before clipping", norm, x_range, _plain),
     )
@@ -305,13 +305,13 @@ def _marks(history: History) -> list[dict[str, Any]]:
 
 
 def _skipped_steps(history: History) -> Iterator[tuple[str, int]]:
-    told = {row["step"] for row in history.events if row["event"] == "skipped"}
+    steps = {row["step"] for row in history.events if row["event"] == "skipped"}
     before = 0.0
     for step, count in history.series["skipped"].points():
         if count > before:
-            told.add(int(step))
+            steps.add(int(step))
         before = count if math.isfinite(count) else before
-    return (("skipped", step) for step in sorted(told))
+    return (("skipped", step) for step in sorted(steps))
 
 
 def _resumed_steps(history: History) -> Iterator[tuple[str, int]]:
@@ -353,18 +353,12 @@ def _event_rows(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
     rows = []
     for row in events[-_ALL_EVENTS:]:
         fields = {key: value for key, value in row.items() if key not in ("step", "event", "time")}
-        name, told = (
-            row["event"],
-            ", ".join(f"{key} {_told(value)}" for key, value in fields.items()),
-        )
+        name = row["event"]
+        words = ", ".join(f"{key} {told(value)}" for key, value in fields.items())
         if name == "started":
-            name, told = ("started" if row is first_start else "resumed"), ""
-        rows.append({"step": row["step"], "event": name, "told": told})
+            name, words = ("started" if row is first_start else "resumed"), ""
+        rows.append({"step": row["step"], "event": name, "told": words})
     return rows
-
-
-def _told(value: Any) -> str:
-    return f"{value:.5g}" if isinstance(value, float) else str(value)
 
 
 def _plain(value: float) -> str:

@@ -313,8 +313,8 @@ class Progress(Writer):
         if name == "started":
             self._label = fields.get("mfu_label", self._label)
             return
-        told = ", ".join(f"{key} {_short(value)}" for key, value in fields.items())
-        self._print(f"step {step:,}  {name}" + (f": {told}" if told else ""), "yellow")
+        words = ", ".join(f"{key} {told(value)}" for key, value in fields.items())
+        self._print(f"step {step:,}  {name}" + (f": {words}" if words else ""), "yellow")
 
     @override
     def sample(self, step: int, prompt: str, text: str) -> None:
@@ -366,6 +366,14 @@ def duration(seconds: float) -> str:
     if whole < 86400:
         return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
     return f"{whole // 86400} d {whole % 86400 // 3600:02d} h"
+
+
+def told(value: Any) -> str:
+    """A field of an event for a person: a number in five digits, a list's first five entries."""
+    if isinstance(value, list | tuple):
+        more = f" and {len(value) - 5} more" if len(value) > 5 else ""
+        return ", ".join(map(told, value[:5])) + more
+    return f"{value:.5g}" if isinstance(value, float) else str(value)
 
 
 def _open_lines(path: Path, resumed: int | None) -> Any:
@@ -426,10 +434,6 @@ def _now() -> float:
 def _known(metrics: Mapping[str, Any], name: str) -> bool:
     value = metrics.get(name)
     return value is not None and math.isfinite(value)
-
-
-def _short(value: Any) -> str:
-    return f"{value:.5g}" if isinstance(value, float) else str(value)
 
 
 def _eval_line(step: int, metrics: Mapping[str, Any]) -> str:

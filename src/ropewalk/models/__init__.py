@@ -4,6 +4,7 @@ else changes."""
 import difflib
 import importlib
 import pkgutil
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 from ropewalk.core.config import Config
@@ -28,7 +29,7 @@ def family(name: str) -> Any:
     if name not in families():
         raise ModelError(
             f"model_type `{name}` is not supported; supported: "
-            f"{', '.join(families())}{_near(name, families())}"
+            f"{', '.join(families())}{near(name, families())}"
         )
     return importlib.import_module(f"{__name__}.{name}")
 
@@ -62,7 +63,7 @@ def from_recipe(values: dict[str, Any]) -> Named:
         known = presets()
         if preset not in known:
             raise ConfigError(
-                f"model.preset `{preset}` is not known{_near(preset, known)}; presets: "
+                f"model.preset `{preset}` is not known{near(preset, known)}; presets: "
                 f"{', '.join(known)}"
             )
         module, config = known[preset]
@@ -81,6 +82,7 @@ def from_recipe(values: dict[str, Any]) -> Named:
     return Named(module, config_class.parse(values, "model"))
 
 
-def _near(name: str, known: Any) -> str:
-    near = difflib.get_close_matches(name, list(known), n=1)
-    return f"; did you mean `{near[0]}`?" if near else ""
+def near(name: str, known: Iterable[str]) -> str:
+    """`; did you mean ...?` with the known name that is nearest, or nothing."""
+    found = difflib.get_close_matches(name, list(known), n=1)
+    return f"; did you mean `{found[0]}`?" if found else ""

@@ -41,7 +41,8 @@ def cross_entropy(
     tiles: int | None = None,
     by_row: bool = False,
 ) -> CrossEntropy:
-    """Sums of -log p(target) + z_loss * log^2 Z, with logits = x @ head in float32. z-loss:
+    """Sums of -log p(target) + z_loss * log^2 Z, with logits = x @ head in float32, the
+    head first cast to x's dtype. z-loss:
     arXiv:2204.02311 section 5.
 
     x [b,t,d], head [d,v] (or [v,d] `by_row`), targets int32 [b,t], weights float32 [b,t]. `tiles`
@@ -61,6 +62,7 @@ def tile_count(batch: int, length: int, vocab: int) -> int:
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def _sums(tiles, z_loss, by_row, x, head, targets, weights):
     to_logits = "bd,vd->bv" if by_row else "bd,dv->bv"
+    head = head.astype(x.dtype)
 
     def body(sums, tile):
         x, targets, weights = tile
@@ -80,6 +82,7 @@ def _sums_forward(tiles, z_loss, by_row, x, head, targets, weights):
     """
     to_logits, to_x = ("bd,vd->bv", "bv,vd->bd") if by_row else ("bd,dv->bv", "bv,dv->bd")
     shape = head.shape[::-1] if by_row else head.shape
+    like_head, head = jnp.zeros((0,), head.dtype), head.astype(x.dtype)
 
     def body(carry, tile):
         sums, d_head = carry
@@ -104,7 +107,7 @@ def _sums_forward(tiles, z_loss, by_row, x, head, targets, weights):
     start = (jnp.zeros(4, jnp.float32), jnp.zeros(shape, jnp.float32))
     (sums, d_head), d_x = jax.lax.scan(body, start, _tiled(tiles, x, targets, weights))
     d_head = d_head.T if by_row else d_head
-    return tuple(sums), (_untiled(d_x, x.shape), d_head, jnp.zeros((0,), head.dtype))
+    return tuple(sums), (_untiled(d_x, x.shape), d_head, like_head)
 
 
 def _sums_backward(tiles, z_loss, by_row, residuals, cotangents):

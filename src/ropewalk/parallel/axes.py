@@ -129,11 +129,13 @@ def _parameter_sharding(path: str, spec: Spec, placement: Placement) -> NamedSha
     partition = _partition(spec.axes, placement, fits=lambda dim, ways: True)
     for dim, names in enumerate(partition):
         ways = _ways(names, placement.mesh)
-        if spec.shape[dim] % ways:
+        size = spec.shape[dim]
+        if size % ways:
+            more = f"set model.vocab_size to {size + -size % ways} (ids that no text has), or "
             raise LayoutError(
-                f"parameter `{path}` has {spec.shape[dim]} `{spec.axes[dim]}`, which does not "
-                f"divide over the {ways} "
-                f"devices of mesh axis {names}; change layout.mesh or layout.rules"
+                f"parameter `{path}` has {size} `{spec.axes[dim]}`, which does not divide over the "
+                f"{ways} devices of mesh axis {names}; "
+                f"{more if spec.axes[dim] == 'vocab' else ''}change layout.mesh or layout.rules"
             )
     return NamedSharding(placement.mesh, partition)
 

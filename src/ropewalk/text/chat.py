@@ -17,7 +17,7 @@ import jinja2.parser
 import jinja2.sandbox
 
 from ropewalk.core.errors import DataError
-from ropewalk.text.tokenizer import Tokenizer
+from ropewalk.text.interface import Tokenizer, checked
 
 Message = dict[str, Any]
 
@@ -87,9 +87,8 @@ def encode(
 ) -> list[int]:
     """The conversation as ids; BOS is there exactly when the template writes it. Errors as
     `render`."""
-    return tokenizer.encode(
-        render(tokenizer, messages, add_generation_prompt, **extra), allow_special=True
-    )
+    text = render(tokenizer, messages, add_generation_prompt, **extra)
+    return tokenizer.encode(checked(text), allow_special=True)
 
 
 @functools.lru_cache(maxsize=16)

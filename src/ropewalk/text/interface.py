@@ -18,6 +18,8 @@ import numpy as np
 from ropewalk.core.errors import DataError
 from ropewalk.core.storage import write_atomic
 
+_UNKNOWN = "\ufffd".encode()
+
 
 @dataclass(frozen=True)
 class Roles:
@@ -96,7 +98,8 @@ class Tokenizer(ABC):
         return self.roles.chat_template
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of some ids: special tokens are left out, broken UTF-8 becomes U+FFFD."""
+        """The text of some ids: special tokens are left out; broken UTF-8, and ids beyond the
+        tokenizer's, become U+FFFD."""
         decoder = StreamDecoder(self)
         return "".join(decoder.feed(i) for i in ids) + decoder.finish()
 
@@ -158,13 +161,14 @@ class StreamDecoder:
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
 
     def feed(self, token: int) -> str:
-        """The text that is certain after one more id; may be empty. Raises DataError on an
-        unknown id."""
-        if not 0 <= token < len(self._pieces):
-            raise DataError(
-                f"token id {token} lies outside the tokenizer's {len(self._pieces)} tokens"
-            )
-        piece = self._pieces[token]
+        """The text that is certain after one more id; may be empty.
+
+        An id beyond the tokenizer's, of which a model's vocabulary may have more, becomes U+FFFD.
+        Raises DataError on what cannot be an id.
+        """
+        if not isinstance(token, int | np.integer) or token < 0:
+            raise DataError(f"token id {token!r} is not a whole number from 0 on")
+        piece = self._pieces[token] if token < len(self._pieces) else _UNKNOWN
         if self._strip and piece:
             piece = piece.removeprefix(b" ")
             self._strip = False
@@ -173,3 +177,14 @@ class StreamDecoder:
     def finish(self) -> str:
         """What is left at the end: U+FFFD for a character that never became whole."""
         return self._utf8.decode(b"", final=True)
+
+
+def checked(text: str) -> str:
+    """The text as it came. Raises DataError unless it is one that UTF-8 can write."""
+    if not isinstance(text, str):
+        raise DataError(f"a text is expected, not {text!r:.80} ({type(text).__name__})")
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise DataError(f"not a text: {error}; give it as UTF-8") from None
+    return text

@@ -4,7 +4,7 @@ Knows nothing of models, batches or files of training text. `load` finds the rig
 """
 
 import json
-import stat
+import os
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, processors
 
 from ropewalk.core.errors import DataError
+from ropewalk.core.storage import read_bytes, read_json
 from ropewalk.text.interface import Roles, StreamDecoder, Tokenizer, Vocabulary
 
 __all__ = [
@@ -31,6 +32,7 @@ FILES = (
     "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json",
     "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja",
 )  # fmt: skip
+_SETTINGS = ("tokenizer_config.json", "generation_config.json", "special_tokens_map.json")
 
 
 class HuggingFaceTokenizer(Tokenizer):
@@ -162,23 +164,25 @@ def load(source: str | Path) -> Tokenizer:
     """The tokenizer named by `byte`, a `tokenizer.json`, a `.model` file, or a directory with
     either.
 
-    Raises DataError when there is none, or its files contradict each other.
+    Raises a UserError when there is none, or its files contradict each other.
     """
     if str(source) == "byte":
         return byte_tokenizer()
     path = Path(source).expanduser()
     if path.is_dir():
         return _load_directory(path)
-    content = _read(path)
+    content = read_bytes(path)
     if path.suffix == ".model":
         return SentencePieceTokenizer(content, str(path))
     return _from_json(content, str(path), {}, {}, {})
 
 
 def _load_directory(path: Path) -> Tokenizer:
-    files = {name: _read(path / name) for name in FILES if (path / name).exists()}
-    config = _read_json(path / "tokenizer_config.json")
-    generation = _read_json(path / "generation_config.json")
+    files = {name: read_bytes(path / name, path) for name in FILES if os.path.lexists(path / name)}
+    config, generation, special = (
+        read_json(path / name, path) if os.path.lexists(path / name) else {} for name in _SETTINGS
+    )
+    config = {**special, **config}
     if "tokenizer.json" in files:
         return _from_json(files["tokenizer.json"], str(path), config, generation, files)
     if "tokenizer.model" in files:
@@ -234,11 +238,6 @@ def _roles(
 ) -> Roles:
     """The roles that a directory's configuration files give, with those of `otherwise` where
     they are silent."""
-    if "special_tokens_map.json" in files:
-        config = {
-            **_parse(files["special_tokens_map.json"], f"{name}/special_tokens_map.json"),
-            **config,
-        }
     found: dict[str, int | None] = {}
     for role, known in (("bos", otherwise.bos_id), ("eos", None), ("pad", otherwise.pad_id)):
         token = _content(config.get(f"{role}_token"))
@@ -257,7 +256,10 @@ def _roles(
         named = {entry["name"]: entry["template"] for entry in template}
         template = named.get("default")
     if "chat_template.jinja" in files:
-        template = files["chat_template.jinja"].decode("utf-8")
+        try:
+            template = files["chat_template.jinja"].decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise DataError(f"{name}/chat_template.jinja: is not UTF-8: {error}") from None
     return Roles(
         found["bos"], tuple(dict.fromkeys(ends)) or otherwise.eos_ids, found["pad"], template
     )
@@ -334,28 +336,3 @@ def _interleaved(parts: list[str], separator: str) -> list[str]:
 
 def _content(token: Any) -> str | None:
     return token.get("content") if isinstance(token, dict) else token
-
-
-def _read(path: Path) -> bytes:
-    try:
-        if not stat.S_ISREG(path.stat().st_mode):
-            raise DataError(
-                f"{path}: a tokenizer file must be a regular file, this is a pipe or a device"
-            )
-        return path.read_bytes()
-    except OSError as error:
-        raise DataError(f"tokenizer {path}: cannot be read: {error.strerror or error}") from None
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    return _parse(_read(path), str(path)) if path.exists() else {}
-
-
-def _parse(content: bytes, name: str) -> dict[str, Any]:
-    try:
-        values = json.loads(content)
-    except ValueError as error:
-        raise DataError(f"{name}: not valid JSON: {error}") from None
-    if not isinstance(values, dict):
-        raise DataError(f"{name}: a JSON object is expected, this is a {type(values).__name__}")
-    return values

@@ -105,7 +105,6 @@ class Built:
             self.optimizer,
             self.placement,
             rate=run.optimizer.schedule.build(run.optimizer.learning_rate, run.steps),
-            compute=run.compute_dtype,
             accumulate=run.accumulate,
             seed=run.seed,
         )
@@ -137,7 +136,6 @@ class Built:
             self.structure,
             self.run.objective,
             self.placement,
-            self.run.compute_dtype,
             self.heldout,
             sizes,
         )
@@ -150,9 +148,9 @@ def build(run: Run) -> Built:
     _divides(run, placement)
     start = pretrained.load(run.model["path"]) if "path" in run.model else None
     tokenizer = tokenizer_of(run)
-    named = _named(run, start, tokenizer)
     process, processes = _rows_of(placement, run.data.batch_size)
     batches = pipeline.Batches(run.data, tokenizer, process, processes)
+    named = _named(run, start, tokenizer)
     config = named.config
     if batches.max_token_id >= config.vocab_size:
         raise DataError(
@@ -200,6 +198,7 @@ def keeps_tokenizer(run: Run) -> bool:
 
 def _module(named: models.Named, run: Run, placement: Placement) -> Any:
     model = named.family.Model(named.config, rngs=nnx.Rngs(run.seed))
+    model.embed.dtype = run.compute_dtype
     return run.layout.apply(model, placement)
 
 

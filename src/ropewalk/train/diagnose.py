@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from ropewalk.layers.attention import Context
 from ropewalk.layers.lm import with_parameters
@@ -15,8 +16,8 @@ from ropewalk.train.step import Batch, Loss
 
 
 def first_bad(structure: Any, loss: Loss, params: dict[str, jax.Array], batch: Batch) -> str:
-    """One phrase naming the first part whose output, weight or gradient is not finite. Runs block
-    by block, uncompiled."""
+    """One phrase naming the first part whose output, weight or gradient is not finite, computed as
+    the step does. Runs block by block, uncompiled."""
     bad = [path for path, value in params.items() if not _finite(value)]
     if bad:
         return f"the weight `{bad[0]}` is not finite"
@@ -40,7 +41,10 @@ def first_bad(structure: Any, loss: Loss, params: dict[str, jax.Array], batch: B
         return "the logits are finite and the loss is not"
     bad = [path for path, grad in grads.items() if not _finite(grad)]
     if not bad:
-        return "with the last good weights the batch is finite now"
+        if _finite(optax.tree.norm({path: g.astype(jnp.float32) for path, g in grads.items()})):
+            return "with the last good weights the batch is finite now"
+        largest = max(grads, key=lambda path: float(jnp.abs(grads[path]).max()))
+        return f"every gradient is finite and their norm is not; the largest is that of `{largest}`"
     count = f"{len(bad)} of {len(grads)} are not"
     return f"the forward pass is finite and the gradient of `{_latest(bad)}` is not ({count})"
 

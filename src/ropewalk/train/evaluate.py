@@ -29,7 +29,6 @@ class Evaluator:
         structure: Any,
         loss: Loss,
         placement: Placement,
-        compute: Any,
         batches: Iterable[Batch],
         token_bytes: np.ndarray,
     ):
@@ -38,8 +37,7 @@ class Evaluator:
 
         def sums(params: dict[str, jax.Array], batch: dict[str, jax.Array]) -> dict[str, Pair]:
             with placed(placement):
-                weights = {path: value.astype(compute) for path, value in params.items()}
-                output = loss(with_parameters(structure, weights), batch, jax.random.key(0))
+                output = loss(with_parameters(structure, params), batch, jax.random.key(0))
                 sizes = jnp.sum(batch["bytes"] * (batch["weights"] > 0))
                 return {**output.metrics, "bytes": Pair(sizes, output.objective.weight)}
 

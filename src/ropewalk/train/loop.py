@@ -3,6 +3,8 @@ their cadence."""
 
 import contextlib
 import dataclasses
+import math
+import os
 import signal
 import time
 from collections import deque
@@ -15,7 +17,7 @@ import jax.numpy as jnp
 from ropewalk.checkpoint import pretrained
 from ropewalk.checkpoint.manager import Manager
 from ropewalk.core.compilation import keep_programs, release_compiler_memory
-from ropewalk.core.errors import TrainingError
+from ropewalk.core.errors import DataError, TrainingError
 from ropewalk.core.log import log
 from ropewalk.core.storage import owned
 from ropewalk.layers.decode import Decoder, Sampling
@@ -28,6 +30,9 @@ from ropewalk.train import session
 from ropewalk.train.build import Built, build
 from ropewalk.train.diagnose import first_bad
 from ropewalk.train.run import Run
+
+# Weights whose loss is not below this share of that of guessing are ruined, or have learnt nothing.
+BETTER = 0.99
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +63,8 @@ def train(run: Run) -> Result:
     started = time.monotonic()
     distributed.start()
     keep_programs()
-    directory = Path(run.directory)
+    directory = Path(os.path.expanduser(run.directory))
+    run = run.model_copy(update={"directory": str(directory)})
     session.check_directory(directory)
     with owned(directory) if jax.process_index() == 0 else contextlib.nullcontext():
         built = build(run)
@@ -81,7 +87,10 @@ class _Loop:
     def __init__(self, built: Built, manager: Manager, started: float):
         self.built, self.manager, self.settings = built, manager, built.run
         session.check_recipe(built, manager)
-        self.state, self.resumed, self.evaluation = session.first_state(built, manager)
+        try:
+            self.state, self.resumed, self.evaluation = session.first_state(built, manager)
+        except DataError as error:
+            raise DataError(f"{built.directory} cannot go on: {error}") from None
         self.at = self.resumed or 0
         self.final_loss: float | None = None
         self.out = writers.open_writers(
@@ -194,7 +203,7 @@ class _Loop:
         if row:
             self.out.event(at, "skipped", in_a_row=int(row), batch=self._names(at))
             if row >= self.settings.stop_after_skipped:
-                self._give_up(at, int(row))
+                self._give_up(at, int(row), means["loss"])
         else:
             self.final_loss = means["loss"]
         return {**means, **single, **self.meter.observe(at, int(tokens), time.monotonic())}
@@ -203,14 +212,8 @@ class _Loop:
         rows = next((batch.names for step, batch in self.recent if step == at), ())
         return sorted({name for row in rows for name in row})
 
-    def _give_up(self, at: int, row: int) -> None:
-        # Whoever goes on from here with other values gets the whole allowance again.
-        fresh = {
-            **self.state.extra,
-            "skipped_in_a_row": jnp.zeros_like(self.state.extra["skipped"]),
-        }
-        self.state = dataclasses.replace(self.state, extra=fresh)
-        self._save(wait=True)
+    def _give_up(self, at: int, row: int, loss: float) -> NoReturn:
+        advice = self._way_on(at, row, loss)
         where = "of several processes, none can look at every layer alone"
         batch = next((batch for step, batch in self.recent if step == at), None)
         if jax.process_count() == 1 and batch is not None:
@@ -220,14 +223,45 @@ class _Loop:
                 self.state.params,
                 self.built.place(batch.arrays),
             )
-        names = self._names(at)
         raise TrainingError(
             f"stopped at step {at}: {row} updates in a row had a loss or gradient that is not "
             "finite and were dropped "
             f"(stop_after_skipped = {self.settings.stop_after_skipped}); {where}. The batch held "
-            f"{', '.join(names[:5])}{f' and {len(names) - 5} more' if len(names) > 5 else ''}. The "
-            "weights are those before "
-            f"the first of them and are saved; lower optimizer.learning_rate, or look at the data"
+            f"{writers.told(self._names(at))}. {advice}"
+        )
+
+    def _way_on(self, at: int, row: int, loss: float) -> str:
+        """Saves the weights unless they are ruined, and says how to go on from which.
+
+        `loss` is of the forward pass alone, with the weights that the `row` updates left as they
+        were.
+        """
+        guessing = math.log(self.built.named.config.vocab_size)
+        if loss < BETTER * guessing:
+            # Whoever goes on from here with other values gets the whole allowance again.
+            zero = jnp.zeros_like(self.state.extra["skipped"])
+            extra = {**self.state.extra, "skipped_in_a_row": zero}
+            self.state = dataclasses.replace(self.state, extra=extra)
+            self._save(wait=True)
+            return (
+                "The weights are those before the first of them and are saved; lower "
+                "optimizer.learning_rate, or look at the data"
+            )
+        why = f"a loss of {loss:.3g} where guessing gives {guessing:.3g}, and are not saved"
+        if at == row:
+            return f"The weights are those the run starts from: they have {why}. Look at `model`"
+        self.manager.wait()
+        steps, losses = self.manager.steps(), read_history(self.built.directory).series["loss"]
+        after = {step - 1: value for step, value in losses.points()}  # by the weights it is of
+        better = (s for s in steps if after.get(s, math.nan) < BETTER * guessing)
+        good = max(better, default=None)
+        home = self.built.directory / pretrained.CHECKPOINTS
+        ruined = [str(home / str(step)) for step in steps if good is None or step > good]
+        remove = f", remove the checkpoints of ruined ones (rm -r {' '.join(ruined)})"
+        return (
+            f"An earlier update ruined the weights: they have {why}. Lower optimizer.learning_rate"
+            f"{remove if ruined else ''} and give the same command again: it "
+            f"{'begins anew' if good is None else f'goes on from step {good}'}"
         )
 
     def _data_ended(self, at: int) -> NoReturn:

@@ -70,8 +70,8 @@ class Run(Config):
     """A training run."""
 
     model: dict[str, Any]
-    """`preset` or `family` with its config (Hugging Face's names), or `path` of a model to start
-    from"""
+    """`preset` (or its bare name) or `family` with its config (Hugging Face's names), or `path` of
+    a model to start from"""
     tokenizer: Tokenizer = Tokenizer()
     data: pipeline.Config
     objective: NextToken = NextToken()
@@ -106,7 +106,7 @@ class Run(Config):
 
 
 # What a bare value stands for where a recipe may give one in place of a mapping.
-_SHORTHANDS = {"layout": "rules", "tokenizer": "path"}
+_SHORTHANDS = {"layout": "rules", "model": "preset", "tokenizer": "path"}
 
 
 def read(recipe: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Run:

@@ -76,5 +76,7 @@ def build(
 ) -> tuple[State, State]:
     """The state that `make` traces, made where it belongs, and its shardings."""
     where = place(jax.eval_shape(make), table, placement)
+    # It runs once: on a CPU, a lightly optimized program is ready in a third of the time.
+    options = {"xla_backend_optimization_level": 1} if placement.platform == "cpu" else {}
     with placed(placement):
-        return jax.jit(make, out_shardings=where)(), where
+        return jax.jit(make, out_shardings=where).lower().compile(options)(), where

@@ -25,14 +25,12 @@ def make_step(
     placement: Placement,
     *,
     rate: optax.Schedule,
-    compute: Any,
     accumulate: int,
     seed: int,
 ) -> Step:
     """The step `(state, batch) -> (state, metrics)`, to be jitted; batch arrays are [b, t].
 
-    `structure` is the abstract model. Weights are cast to `compute` once; a batch is cut into
-    `accumulate` micro-batches whose gradient sums are divided once by the weight of all, so that
+    `structure` is the abstract model. A batch is cut into `accumulate` micro-batches whose gradient sums are divided once by the weight of all, so that
     they give the gradient of one batch. `rate` is the schedule that `optimizer` follows, and is
     only reported.
     """
@@ -49,7 +47,7 @@ def make_step(
 
     def step(state: State, batch: Batch) -> tuple[State, dict[str, Any]]:
         with placed(placement):
-            params, frozen = _cast(state.params, compute), _cast(state.frozen, compute)
+            params, frozen = state.params, state.frozen
             key = jax.random.fold_in(jax.random.key(seed), state.step)
             if accumulate == 1:
                 grads, output = gradient(params, frozen, batch, key)
@@ -78,10 +76,6 @@ def make_step(
             return State(params, state.frozen, opt_state, state.step + 1, extra), metrics
 
     return step
-
-
-def _cast(params: dict[str, jax.Array], dtype: Any) -> dict[str, jax.Array]:
-    return {path: value.astype(dtype) for path, value in params.items()}
 
 
 def _cut(batch: Batch, parts: int) -> Batch:
