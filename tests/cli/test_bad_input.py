@@ -242,6 +242,14 @@ def test_model_names(model: Path, tmp_path: Path) -> None:
     assert not Path(out).exists()
 
 
+def test_a_tokenizer_is_not_written_into_a_model(model: Path, tmp_path: Path) -> None:
+    before = (model / "tokenizer.json").read_bytes()
+    words = ("tokenizer", "train", "bundled:shakespeare", "--vocab-size", "300", "--output")
+    refused(*words, str(model), says=("holds config.json", "new directory"))
+    refused(*words, str(model / "config.json"), says=("is a file", "new directory"))
+    assert (model / "tokenizer.json").read_bytes() == before
+
+
 def test_writing(model: Path) -> None:
     refused("chat", str(model), says=(str(model), "chat template"))
     refused("generate", str(model), "--top-p", "2", "--prompt", "a", says=("`top_p` = 2.0",))

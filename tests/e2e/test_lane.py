@@ -87,13 +87,13 @@ def test_inspect_counts_what_is_there(whole: Path, exported: Path, home: Path) -
     stored = {path: a for path, a in arrays(whole).items() if path.startswith("params.")}
     count = sum(array.size for array in stored.values())
     checkpoint = json.loads(ropewalk("inspect", str(whole), "--json").stdout)
-    assert checkpoint["kind"] == "checkpoint"
+    assert (checkpoint["kind"], checkpoint["parameters"]) == ("checkpoint", count)
     assert {row["name"] for row in checkpoint["tensors"]} == arrays(whole).keys()
     directory = json.loads(ropewalk("inspect", str(exported), "--json").stdout)
     assert (directory["parameters"], directory["bytes"]) == (count, 4 * count)
     recipe = json.loads(ropewalk("inspect", str(home / "recipe.yml"), "--json").stdout)
     assert recipe["parameters"] == count
-    assert f"{count:,} numbers" in ropewalk("inspect", str(exported)).stdout
+    assert f"{count:,} parameters" in ropewalk("inspect", str(exported)).stdout
 
 
 def test_generate_from_the_console_script(exported: Path) -> None:

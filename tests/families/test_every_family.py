@@ -201,7 +201,7 @@ def _step(name, rules, devices):
     optimizer = Optimizer(epsilon=1e-3)
     chain = optimizer.build(10, it.table)
     state, where = states.build(
-        lambda: states.fresh(it.model(), chain, jnp.float32), it.table, placement
+        lambda: states.fresh(parameters(it.model()), chain, jnp.float32), it.table, placement
     )
     step = make_step(
         it.structure,

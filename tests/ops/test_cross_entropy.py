@@ -163,3 +163,21 @@ def test_a_head_by_row_gives_the_same(dtype):
         np.testing.assert_allclose(
             found.astype(jnp.float32), want.astype(jnp.float32), rtol=near, atol=near
         )
+
+
+@pytest.mark.parametrize("by_row", [False, True])
+def test_a_float32_head_in_bfloat16_has_a_float32_gradient(by_row):
+    """At a size that a CPU's library takes: there XLA must not fold the head's transposition."""
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.standard_normal((2, 128, 128)), jnp.bfloat16)
+    head = jnp.asarray(rng.standard_normal((128, 2048)) * 0.05, jnp.float32)
+    targets = jnp.asarray(rng.integers(0, 2048, (2, 128)), jnp.int32)
+    weights = jnp.ones((2, 128), jnp.float32)
+    want = jax.grad(lambda head: plain(x, head, targets, weights)[0])(head)
+    given = head.T if by_row else head
+    found = jax.jit(
+        jax.grad(lambda head: cross_entropy(x, head, targets, weights, by_row=by_row).loss)
+    )(given)
+    assert found.dtype == jnp.float32
+    found = found.T if by_row else found
+    assert float(jnp.linalg.norm(found - want) / jnp.linalg.norm(want)) < 0.01

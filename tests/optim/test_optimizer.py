@@ -11,6 +11,7 @@ import pytest
 
 from ropewalk.core.errors import ConfigError
 from ropewalk.core.paths import Spec
+from ropewalk.layers.lm import parameters
 from ropewalk.optim import muon
 from ropewalk.optim.optimizer import Optimizer
 from ropewalk.optim.schedule import Schedule
@@ -192,7 +193,7 @@ def test_the_state_of_a_parameter_lies_where_the_parameter_does(kind):
     it = tiny("llama")
     placement = Layout(rules="fsdp_tensor").place()
     chain = Optimizer(kind=kind).build(10, it.table)
-    abstract = jax.eval_shape(lambda: states.fresh(it.model(), chain, jnp.float32))
+    abstract = jax.eval_shape(lambda: states.fresh(parameters(it.model()), chain, jnp.float32))
     where = states.place(abstract, it.table, placement)
     leaves = jax.tree_util.tree_leaves_with_path(where.opt_state)
     shapes = jax.tree.leaves(abstract.opt_state)

@@ -71,7 +71,7 @@ def batch(rows: int = 8, length: int = 12, seed: int = 0) -> dict[str, jax.Array
 
 
 def fresh(optimizer: optax.GradientTransformation = OPTIMIZER) -> State:
-    return states.fresh(model(), optimizer, "float32")
+    return states.fresh(parameters(model()), optimizer, "float32")
 
 
 def plain_loss(params: dict[str, jax.Array], batch: dict[str, jax.Array], z_loss: float) -> Any:

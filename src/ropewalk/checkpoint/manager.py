@@ -12,11 +12,11 @@ import logging
 import os
 import shutil
 from collections.abc import Iterable, Mapping
-from typing import Any, Literal
+from functools import cache, cached_property
+from typing import TYPE_CHECKING, Any, Literal
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
 import pydantic
 from etils import epath
 from jax.experimental import multihost_utils
@@ -26,9 +26,11 @@ from ropewalk.core import config, paths
 from ropewalk.core.errors import CheckpointError
 from ropewalk.core.log import log
 
-# Orbax logs a failed write up to ten times with its traceback; it also raises it, and so do we.
-logging.getLogger("absl").addFilter(lambda record: "/orbax/" not in record.pathname)
+if TYPE_CHECKING:
+    import orbax.checkpoint as ocp
 
+# Orbax's mark in the name of a directory that is not yet whole.
+_HALF_WRITTEN = ".orbax-checkpoint-tmp"
 _DISK_ERRORS = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO)
 
 
@@ -73,9 +75,6 @@ class Manager:
         self._keep = keep or Config()
         self._saving: _Saving | None = None
         self._damaged: set[int] = set()
-        self._checkpointer = ocp.AsyncCheckpointer(
-            _handler(), async_options=ocp.AsyncOptions(post_finalization_callback=self._commit)
-        )
         try:
             if jax.process_index() == 0:
                 self._directory.mkdir(parents=True, exist_ok=True)
@@ -83,6 +82,11 @@ class Manager:
         except OSError as error:
             raise CheckpointError(f"{directory} cannot hold checkpoints: {error}") from None
         _gather(None)  # nobody lists the directory before it is clean
+
+    @cached_property
+    def _checkpointer(self) -> "ocp.AsyncCheckpointer":
+        options = _orbax().AsyncOptions(post_finalization_callback=self._commit)
+        return _orbax().AsyncCheckpointer(_handler(), async_options=options)
 
     def save(
         self,
@@ -116,7 +120,7 @@ class Manager:
         try:
             self._check_space(arrays)
             self._checkpointer.save(
-                self._directory / str(step), args=ocp.args.PyTreeSave(arrays), force=True
+                self._directory / str(step), args=_orbax().args.PyTreeSave(arrays), force=True
             )
         except Exception as error:
             self._fail(error)
@@ -181,7 +185,8 @@ class Manager:
         try:
             self.wait()
         finally:
-            self._checkpointer.close()
+            if "_checkpointer" in vars(self):
+                self._checkpointer.close()
 
     def _commit(self) -> None:
         """Adds the manifest to a written step; Orbax calls it on process 0 before the rename."""
@@ -256,7 +261,7 @@ class Manager:
             return manifest, {}, reason
         integrity.check_fits(manifest, wanted, str(directory))
         try:
-            arrays = _read(directory, {path: _placed(leaf) for path, leaf in wanted.items()})
+            arrays = _read(directory, wanted)
         except Exception as error:
             reason = f"arrays cannot be read: {_brief(error)}"
         reason = _first(reason)
@@ -266,7 +271,7 @@ class Manager:
 
     def _remove_half_written(self) -> None:
         for path in self._directory.iterdir():
-            if ocp.path.step.TMP_DIR_SUFFIX in path.name:
+            if _HALF_WRITTEN in path.name:
                 path.rmtree(missing_ok=True)
 
     def _remove_surplus(self) -> None:
@@ -304,7 +309,7 @@ def read_arrays(directory: epath.PathLike, prefix: str = "") -> dict[str, np.nda
     start = f"{prefix}." if prefix else ""
     chosen = {path: record for path, record in manifest.arrays.items() if path.startswith(start)}
     try:
-        arrays = _read(step, {path: ocp.RestoreArgs(restore_type=np.ndarray) for path in chosen})
+        arrays = _read(step, dict.fromkeys(chosen))
     except Exception as error:
         raise CheckpointError(f"{step}: arrays cannot be read: {_brief(error)}") from error
     reason = _damage(integrity.damaged_arrays(arrays, manifest))
@@ -364,24 +369,44 @@ def _first(reason: str | None) -> str | None:
     return next((found for found in _gather(reason) if found is not None), None)
 
 
-def _handler() -> ocp.PyTreeCheckpointHandler:
+@cache
+def _orbax() -> Any:
+    """Orbax, imported at the first save or restore, and quiet: it logs a failed write up to ten
+    times with its traceback; it also raises it, and so do we."""
+    import orbax.checkpoint as ocp  # start-up time
+
+    logging.getLogger("absl").addFilter(lambda record: "/orbax/" not in record.pathname)
+    return ocp
+
+
+def _handler() -> "ocp.PyTreeCheckpointHandler":
     """Uncompressed: random mantissas shrink by 8 % at a fifth of the speed (measured)."""
-    return ocp.PyTreeCheckpointHandler(use_zarr3=True, use_compression=False)
+    return _orbax().PyTreeCheckpointHandler(use_zarr3=True, use_compression=False)
 
 
-def _read(directory: epath.Path, restore_args: dict[str, ocp.RestoreArgs]) -> dict[str, Any]:
-    """Reads arrays without Orbax's barriers, where one process's failure would hang the others."""
-    if not restore_args:
+def _read(
+    directory: epath.Path, wanted: Mapping[str, jax.ShapeDtypeStruct | None]
+) -> dict[str, Any]:
+    """Reads arrays as `wanted` describes and places them, or into numpy where it says None.
+
+    Without Orbax's barriers, where one process's failure would hang the others.
+    """
+    if not wanted:
         return {}
+    ocp = _orbax()
+
+    def argument(leaf: jax.ShapeDtypeStruct | None) -> Any:
+        if leaf is None:
+            return ocp.RestoreArgs(restore_type=np.ndarray)
+        sharding = leaf.sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        return ocp.ArrayRestoreArgs(sharding=sharding, global_shape=leaf.shape, dtype=leaf.dtype)
+
     args = ocp.args.PyTreeRestore(
-        item=dict.fromkeys(restore_args, 0), restore_args=restore_args, partial_restore=True
+        item=dict.fromkeys(wanted, 0),
+        restore_args={path: argument(leaf) for path, leaf in wanted.items()},
+        partial_restore=True,
     )
     return _handler().restore(directory, args=args)
-
-
-def _placed(leaf: jax.ShapeDtypeStruct) -> ocp.ArrayRestoreArgs:
-    sharding = leaf.sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    return ocp.ArrayRestoreArgs(sharding=sharding, global_shape=leaf.shape, dtype=leaf.dtype)
 
 
 def _flatten(state: Any) -> dict[str, jax.Array]:

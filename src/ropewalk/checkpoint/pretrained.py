@@ -3,7 +3,7 @@ checkpoint, a GGUF file, a preset."""
 
 import dataclasses
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -14,13 +14,13 @@ import numpy as np
 from flax import nnx
 
 from ropewalk import models
-from ropewalk.checkpoint import gguf, hf, manager, safetensors, weights
+from ropewalk.checkpoint import hf, manager, safetensors, weights
 from ropewalk.checkpoint.integrity import MANIFEST, read_manifest
 from ropewalk.core import dtypes
 from ropewalk.core.errors import CheckpointError, ConfigError, ModelError
 from ropewalk.core.log import log
 from ropewalk.layers.decode import Decoder, Sampling
-from ropewalk.layers.lm import table, with_parameters
+from ropewalk.layers.lm import parameters, table, with_parameters
 from ropewalk.text import parts
 from ropewalk.text import tokenizer as tokenizers
 from ropewalk.text.interface import StreamDecoder, Tokenizer, checked
@@ -192,6 +192,24 @@ def abstract(family: Any, config: Any) -> Any:
     return jax.eval_shape(lambda: family.Model(config, rngs=nnx.Rngs(0)))
 
 
+Place = Mapping[str, Any] | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """A model that is named and not yet in memory."""
+
+    kind: str
+    named: models.Named
+    tensors: dict[str, Any]
+    """each stored tensor's record by name; none of a preset"""
+    dtype: str
+    """of its weights as they are stored"""
+    read: Callable[[str, Place], dict[str, jax.Array]]
+    """the weights by path, in a dtype and placed by shardings; by default on the first device"""
+    tokenizer: Callable[[], Tokenizer | None]
+
+
 def load(source: str | os.PathLike[str], dtype: str | None = None) -> Pretrained:
     """The model that `source` names: a Hugging Face directory, a run or one of its checkpoints, a
     GGUF file, or a preset.
@@ -200,21 +218,40 @@ def load(source: str | os.PathLike[str], dtype: str | None = None) -> Pretrained
     preset, whose weights are random with seed 0). Raises a UserError when it is none of these, or
     unsound.
     """
+    asked = None if dtype is None else str(dtypes.parse(dtype))
+    found = find(source)
+    try:
+        kept = asked or str(dtypes.parse(found.dtype))
+    except ConfigError as error:
+        file = Path(source) / hf.CONFIG
+        raise ModelError(f"{file}: {error}, or name another with --dtype") from None
+    params = found.read(kept, None)
+    return Pretrained(*found.named, params, found.tokenizer(), str(source))
+
+
+def find(source: str | os.PathLike[str]) -> Source:
+    """What `load` would load. Raises a UserError."""
     if not isinstance(source, str | os.PathLike):
         raise ModelError(f"a model is named by a text or a path, not by {source!r:.80}")
-    kept = None if dtype is None else str(dtypes.parse(dtype))
-    path = Path(source).expanduser()
+    found = stored(Path(source).expanduser())
+    if found is None and str(source) in models.presets():
+        found = _preset(str(source))
+    if found is None:
+        raise no_model(source)
+    return found
+
+
+def stored(path: Path) -> Source | None:
+    """The model in a file or directory, or None."""
     if path.is_file() and path.suffix == ".gguf":
-        return _from_gguf(path, kept or "float32")
+        return _gguf(path)
     if path.is_dir():
         checkpoints = _checkpoints_in(path)
         if checkpoints:
-            return _first_good(checkpoints, lambda step: _from_checkpoint(step, kept))
+            return _checkpoint(checkpoints)
         if (path / hf.CONFIG).exists():
-            return _from_hf(path, kept)
-    if str(source) in models.presets():
-        return _from_preset(str(source), kept or "float32")
-    raise no_model(source)
+            return _hf(path)
+    return None
 
 
 def no_model(source: str | os.PathLike[str]) -> ModelError:
@@ -230,28 +267,6 @@ def no_model(source: str | os.PathLike[str]) -> ModelError:
         return ModelError(f"{source}: is no model; give {known}")
     hint = models.near(str(source), presets) or f" ({', '.join(presets)})"
     return ModelError(f"{source}: does not exist, and no preset has that name; give {known}{hint}")
-
-
-def describe(path: Path) -> tuple[str, models.Named, dict[str, Any]] | None:
-    """What kind of model a path holds, its family and config, and each stored tensor's record by
-    name; None for no model."""
-    if path.is_file() and path.suffix == ".gguf":
-        file = gguf.read(path)
-        return "GGUF file", models.from_hf(file.config, str(path)), file.tensors
-    if not path.is_dir():
-        return None
-    checkpoints = _checkpoints_in(path)
-    if checkpoints:
-        manifest = _first_good(checkpoints, read_manifest)
-        return "checkpoint", models.from_recipe(manifest.recipe["model"]), manifest.arrays
-    if not (path / hf.CONFIG).exists():
-        return None
-    directory = hf.read(path)
-    return (
-        "Hugging Face directory",
-        models.from_hf(directory.config, str(path / hf.CONFIG)),
-        directory.reader.tensors,
-    )
 
 
 def _checkpoints_in(path: Path) -> list[Path]:
@@ -281,28 +296,38 @@ def _first_good[T](candidates: list[Path], read: Callable[[Path], T]) -> T:
     raise failures[0]
 
 
-def _from_hf(path: Path, dtype: str | None) -> Pretrained:
+def _hf(path: Path) -> Source:
     directory = hf.read(path)
-    family, config = models.from_hf(directory.config, str(path / hf.CONFIG))
-    named = directory.config.get("torch_dtype") or directory.config.get("dtype") or "float32"
-    try:
-        kept = dtype or str(dtypes.parse(str(named)))
-    except ConfigError as error:
-        raise ModelError(f"{path / hf.CONFIG}: {error}, or name another with --dtype") from None
-    params = weights.load_into(
-        directory.reader, family.WEIGHTS, table(abstract(family, config)), dtype=kept
-    )
-    tokenizer = tokenizers.load(path) if directory.tokenizer_files else None
-    return Pretrained(family, config, params, tokenizer, str(path))
+    named = models.from_hf(directory.config, str(path / hf.CONFIG))
+    dtype = directory.config.get("torch_dtype") or directory.config.get("dtype") or "float32"
+
+    def tokenizer() -> Tokenizer | None:
+        return tokenizers.load(path) if directory.tokenizer_files else None
+
+    tensors = directory.reader.tensors
+    read = _reading(named, directory.reader)
+    return Source("Hugging Face directory", named, tensors, str(dtype), read, tokenizer)
 
 
-def _from_gguf(path: Path, dtype: str) -> Pretrained:
+def _gguf(path: Path) -> Source:
+    from ropewalk.checkpoint import gguf  # start-up time
+
     file = gguf.read(path)
-    family, config = models.from_hf(file.config, str(path))
-    params = weights.load_into(
-        file.reader(family.WEIGHTS), family.WEIGHTS, table(abstract(family, config)), dtype=dtype
-    )
-    return Pretrained(family, config, params, _gguf_tokenizer(file.tokenizer, str(path)), str(path))
+    named = models.from_hf(file.config, str(path))
+
+    def tokenizer() -> Tokenizer:
+        return _gguf_tokenizer(file.tokenizer, str(path))
+
+    read = _reading(named, file.reader(named.family.WEIGHTS))
+    return Source("GGUF file", named, file.tensors, "float32", read, tokenizer)
+
+
+def _reading(named: models.Named, reader: weights.Reader) -> Any:
+    def read(dtype: str, shardings: Place) -> dict[str, jax.Array]:
+        rules, specs = named.family.WEIGHTS, table(abstract(*named))
+        return weights.load_into(reader, rules, specs, shardings=shardings, dtype=dtype)
+
+    return read
 
 
 def _gguf_tokenizer(found: dict[str, Any], name: str) -> Tokenizer:
@@ -324,22 +349,38 @@ def _gguf_tokenizer(found: dict[str, Any], name: str) -> Tokenizer:
     return parts.build(described, roles, name)
 
 
-def _from_checkpoint(path: Path, dtype: str | None) -> Pretrained:
-    manifest = read_manifest(path)
-    family, config = models.from_recipe(manifest.recipe["model"])
-    arrays = manager.read_arrays(path, "params") | manager.read_arrays(path, "frozen")
-    params = {name: jnp.asarray(array, dtype or array.dtype) for name, array in arrays.items()}
-    home = path.parent.parent / TOKENIZER
-    tokenizer = tokenizers.load(home) if home.is_dir() else None
-    return Pretrained(family, config, params, tokenizer, str(path))
+def _checkpoint(candidates: list[Path]) -> Source:
+    manifest = _first_good(candidates, read_manifest)
+    home = candidates[0].parent.parent / TOKENIZER
+    dtype = next(
+        record.dtype for name, record in manifest.arrays.items() if name.startswith("params.")
+    )
+
+    def arrays(step: Path) -> dict[str, np.ndarray]:
+        return manager.read_arrays(step, "params") | manager.read_arrays(step, "frozen")
+
+    def read(dtype: str, shardings: Place) -> dict[str, jax.Array]:
+        found = _first_good(candidates, arrays)
+        return {
+            path: jax.device_put(array.astype(dtype), shardings and shardings[path])
+            for path, array in found.items()
+        }
+
+    def tokenizer() -> Tokenizer | None:
+        return tokenizers.load(home) if home.is_dir() else None
+
+    named = models.from_recipe(manifest.recipe["model"])
+    return Source("checkpoint", named, manifest.arrays, dtype, read, tokenizer)
 
 
-def _from_preset(name: str, dtype: str) -> Pretrained:
-    family, config = models.presets()[name]
+def _preset(name: str) -> Source:
+    named = models.presets()[name]
 
-    def make() -> dict[str, jax.Array]:
-        model = family.Model(config, rngs=nnx.Rngs(0))
-        leaves = jax.tree_util.tree_leaves(model)
-        return {path: leaf.astype(dtype) for path, leaf in zip(table(model), leaves, strict=True)}
+    def read(dtype: str, shardings: Place) -> dict[str, jax.Array]:
+        def make() -> dict[str, jax.Array]:
+            model = named.family.Model(named.config, rngs=nnx.Rngs(0))
+            return {path: leaf.astype(dtype) for path, leaf in parameters(model).items()}
 
-    return Pretrained(family, config, jax.jit(make)(), None, name)
+        return jax.jit(make, out_shardings=shardings)()
+
+    return Source("preset", named, {}, "float32", read, lambda: None)

@@ -29,8 +29,6 @@ def chat(
     leaves."""
     from ropewalk.checkpoint.pretrained import load  # start-up time
     from ropewalk.core.compilation import keep_programs
-    from ropewalk.core.errors import UserError
-    from ropewalk.core.log import log
     from ropewalk.layers.decode import Sampling
     from ropewalk.text import chat as templates
 
@@ -42,6 +40,15 @@ def chat(
     templates.render(
         tokenizer, [*opening, {"role": "user", "content": "hello"}]
     )  # no template: say so before the first turn
+    _converse(lm, opening, sampling, max_new_tokens)
+
+
+def _converse(lm, opening: list[dict[str, str]], sampling, max_new_tokens: int) -> None:
+    """Answers line after line; what cannot be answered is told and forgotten."""
+    from ropewalk.core.errors import UserError  # start-up time
+    from ropewalk.core.log import log
+    from ropewalk.text import chat as templates
+
     positions = lm.config.max_position_embeddings
     full = f"the context of {positions} tokens is full; /reset begins anew"
     messages = list(opening)
@@ -52,7 +59,7 @@ def chat(
             continue
         turn = {"role": "user", "content": line}
         try:
-            ids = templates.encode(tokenizer, [*messages, turn])
+            ids = templates.encode(lm.tokenizer, [*messages, turn])
         except UserError as error:
             log.warning("%s", error)
             continue

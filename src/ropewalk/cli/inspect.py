@@ -23,10 +23,10 @@ def inspect(
     from ropewalk.checkpoint import pretrained  # start-up time
 
     place = Path(path).expanduser()
-    found = pretrained.describe(place)
+    found = pretrained.stored(place)
     if found is not None:
-        kind, named, tensors = found
-        rows = [_row(name, record) for name, record in tensors.items()]
+        kind, named = found.kind, found.named
+        rows = [_row(name, record) for name, record in found.tensors.items()]
     else:
         kind, named, rows = _described(path)
     model = [shape for name, shape, _, _ in rows if name.partition(".")[0] not in _BESIDE]

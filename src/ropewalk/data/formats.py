@@ -19,8 +19,6 @@ from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
-import pyarrow
-import pyarrow.parquet
 from array_record.python import (
     array_record_module,  # pyright: ignore[reportAttributeAccessIssue] (compiled)
 )
@@ -156,8 +154,6 @@ def _open(file: Path, column: str, label: str | None) -> Part:
                 f"data file {file}: this kind of file is not supported; supported are {SUPPORTED}"
             )
     except _CORRUPT as error:
-        raise DataError(f"data file {file}: damaged or unreadable: {error}") from None
-    except pyarrow.ArrowException as error:
         raise DataError(f"data file {file}: damaged or unreadable: {error}") from None
     if not len(part.bounds):
         raise DataError(f"data file {file} holds no records")
@@ -362,26 +358,35 @@ def _spooled_lines(file: Path, compressed: str, column: str, label: str | None) 
 
 
 def _spooled_parquet(file: Path, column: str, label: str | None) -> Spooled:
-    with pyarrow.parquet.ParquetFile(file) as table:
-        names = table.schema_arrow.names
-        if column not in names:
-            raise _missing(column, names, str(file))
-        wanted = [column] + ([label] if label in names and label != column else [])
+    import pyarrow.parquet  # start-up time
 
-        def documents() -> Iterator[tuple[int, bytes, str | None]]:
-            number = 0
-            for batch in table.iter_batches(batch_size=1024, columns=wanted):
-                labels = batch.column(label).to_pylist() if label in wanted else [None] * len(batch)
-                for text, value in zip(batch.column(column).to_pylist(), labels, strict=True):
-                    name = f"{file} row {number}"
-                    yield (
-                        number,
-                        _column({column: text}, column, name),
-                        None if value is None else str(value),
-                    )
-                    number += 1
+    try:
+        with pyarrow.parquet.ParquetFile(file) as table:
+            return _spooled_table(file, table, column, label)
+    except pyarrow.ArrowException as error:
+        raise DataError(f"data file {file}: damaged or unreadable: {error}") from None
 
-        part = Spooled(file, documents(), " row ")
+
+def _spooled_table(file: Path, table: Any, column: str, label: str | None) -> Spooled:
+    names = table.schema_arrow.names
+    if column not in names:
+        raise _missing(column, names, str(file))
+    wanted = [column] + ([label] if label in names and label != column else [])
+
+    def documents() -> Iterator[tuple[int, bytes, str | None]]:
+        number = 0
+        for batch in table.iter_batches(batch_size=1024, columns=wanted):
+            labels = batch.column(label).to_pylist() if label in wanted else [None] * len(batch)
+            for text, value in zip(batch.column(column).to_pylist(), labels, strict=True):
+                name = f"{file} row {number}"
+                yield (
+                    number,
+                    _column({column: text}, column, name),
+                    None if value is None else str(value),
+                )
+                number += 1
+
+    part = Spooled(file, documents(), " row ")
     part.columns = names
     return part
 

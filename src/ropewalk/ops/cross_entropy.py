@@ -106,7 +106,8 @@ def _sums_forward(tiles, z_loss, by_row, x, head, targets, weights):
 
     start = (jnp.zeros(4, jnp.float32), jnp.zeros(shape, jnp.float32))
     (sums, d_head), d_x = jax.lax.scan(body, start, _tiled(tiles, x, targets, weights))
-    d_head = d_head.T if by_row else d_head
+    if by_row:  # the barrier: XLA may not fold the transposition into the product above
+        d_head = jax.lax.optimization_barrier(d_head).T
     return tuple(sums), (_untiled(d_x, x.shape), d_head, like_head)
 
 

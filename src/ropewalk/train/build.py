@@ -19,7 +19,7 @@ from ropewalk.core.errors import ConfigError, DataError, LayoutError
 from ropewalk.core.paths import Spec
 from ropewalk.data import pipeline
 from ropewalk.data.holdout import Heldout
-from ropewalk.layers.lm import table
+from ropewalk.layers.lm import parameters, table
 from ropewalk.parallel.axes import Placement, batch_sharding, replicated
 from ropewalk.text import bpe
 from ropewalk.text import tokenizer as tokenizers
@@ -28,7 +28,7 @@ from ropewalk.train import state as states
 from ropewalk.train.evaluate import MEASURES, Evaluator
 from ropewalk.train.run import Run
 from ropewalk.train.state import State
-from ropewalk.train.step import make_step
+from ropewalk.train.step import Step, make_step
 
 RECIPE = "recipe.yml"
 BATCH_DTYPES = {
@@ -52,7 +52,7 @@ class Built:
     tokenizer: Tokenizer | None
     batches: pipeline.Batches
     heldout: Heldout | None
-    start: pretrained.Pretrained | None
+    start: pretrained.Source | None
 
     @property
     def directory(self) -> Path:
@@ -76,8 +76,11 @@ class Built:
 
     def fresh(self) -> State:
         """The state before the first step, with random weights; traceable."""
-        model = _module(self.named, self.run, self.placement)
-        return states.fresh(model, self.optimizer, self.run.weights_dtype)
+        return self.begun(parameters(_module(self.named, self.run, self.placement)))
+
+    def begun(self, params: dict[str, jax.Array]) -> State:
+        """The state before the first step, with the weights given; traceable."""
+        return states.fresh(params, self.optimizer, self.run.weights_dtype)
 
     @functools.cached_property
     def described(self) -> State:
@@ -95,11 +98,10 @@ class Built:
         """The sharding of every leaf of the state."""
         return jax.tree.map(lambda leaf: leaf.sharding, self.described)
 
-    def compile_step(self) -> Any:
-        """The step, compiled before the first batch: `(state, batch) -> (state, metrics)`, with the
-        state donated."""
+    def step(self) -> Step:
+        """One update, `(state, batch) -> (state, metrics)`; traceable."""
         run = self.run
-        step = make_step(
+        return make_step(
             self.structure,
             run.objective,
             self.optimizer,
@@ -108,6 +110,10 @@ class Built:
             accumulate=run.accumulate,
             seed=run.seed,
         )
+
+    def compile_step(self) -> Any:
+        """The step, compiled before the first batch, with the state donated."""
+        run = self.run
         shape = run.data.batch_size, run.data.length
         sharding = batch_sharding(self.placement, run.data.batch_size)
         batch = {
@@ -115,7 +121,7 @@ class Built:
             for name, kind in BATCH_DTYPES.items()
         }
         out = (self.where, replicated(self.placement))
-        compiled = jax.jit(step, donate_argnums=0, out_shardings=out)
+        compiled = jax.jit(self.step(), donate_argnums=0, out_shardings=out)
         return compiled.lower(self.described, batch).compile()
 
     def place(self, arrays: dict[str, np.ndarray]) -> dict[str, jax.Array]:
@@ -146,7 +152,7 @@ def build(run: Run) -> Built:
     change."""
     placement = run.layout.place()
     _divides(run, placement)
-    start = pretrained.load(run.model["path"]) if "path" in run.model else None
+    start = _start(run)
     tokenizer = tokenizer_of(run)
     process, processes = _rows_of(placement, run.data.batch_size)
     batches = pipeline.Batches(run.data, tokenizer, process, processes)
@@ -174,8 +180,8 @@ def build(run: Run) -> Built:
 
 def model_of(run: Run) -> models.Named:
     """Family and config of a run's model, without reading any data but what its tokenizer needs."""
-    start = pretrained.load(run.model["path"]) if "path" in run.model else None
-    return _named(run, start, None if start or "family" not in run.model else tokenizer_of(run))
+    start = _start(run)
+    return _named(run, start, None if start or "vocab_size" in run.model else tokenizer_of(run))
 
 
 def tokenizer_of(run: Run) -> Tokenizer | None:
@@ -186,7 +192,8 @@ def tokenizer_of(run: Run) -> Tokenizer | None:
         return tokenizers.load(run.tokenizer.path)
     if run.tokenizer.bpe is not None:
         return bpe.train(pipeline.texts(run.data), run.tokenizer.bpe)
-    return pretrained.load(run.model["path"]).tokenizer if "path" in run.model else None
+    start = _start(run)
+    return start.tokenizer() if start else None
 
 
 def keeps_tokenizer(run: Run) -> bool:
@@ -196,16 +203,19 @@ def keeps_tokenizer(run: Run) -> bool:
     return home.is_dir() and recipe.is_file() and read_yaml(recipe).get("tokenizer") == named
 
 
+def _start(run: Run) -> pretrained.Source | None:
+    return pretrained.find(run.model["path"]) if "path" in run.model else None
+
+
 def _module(named: models.Named, run: Run, placement: Placement) -> Any:
     model = named.family.Model(named.config, rngs=nnx.Rngs(run.seed))
     model.embed.dtype = run.compute_dtype
     return run.layout.apply(model, placement)
 
 
-def _named(
-    run: Run, start: pretrained.Pretrained | None, tokenizer: Tokenizer | None
-) -> models.Named:
-    """Family and config; a vocabulary that is not given is the tokenizer's."""
+def _named(run: Run, start: pretrained.Source | None, tokenizer: Tokenizer | None) -> models.Named:
+    """Family and config. A vocabulary that is not given is the tokenizer's; a preset's own goes
+    with a tokenizer from elsewhere, which it may be padded for."""
     if start is not None:
         changes = sorted(set(run.model) - {"path"})
         if changes:
@@ -213,9 +223,10 @@ def _named(
                 f"model: `{changes[0]}` cannot be changed in a model that is loaded from `path`; "
                 "remove it"
             )
-        return models.Named(start.family, start.config)
+        return start.named
     values = dict(run.model)
-    if "family" in values and "vocab_size" not in values and tokenizer is not None:
+    own = "family" in values or run.tokenizer.path in (None, "byte")
+    if own and "vocab_size" not in values and tokenizer is not None:
         values["vocab_size"] = tokenizer.vocab_size
     return models.from_recipe(values)
 

@@ -115,14 +115,10 @@ def _agreed(received: list[int], step: int) -> int | None:
 
 
 def _begin(built: Built) -> State:
-    state, _ = states.build(built.fresh, built.table, built.placement)
     if built.start is None:
-        return state
-    params = {
-        path: jax.device_put(built.start.params[path].astype(a.dtype), built.where.params[path])
-        for path, a in state.params.items()
-    }
-    return states.State(params, state.frozen, state.opt_state, state.step, state.extra)
+        return states.build(built.fresh, built.table, built.placement)[0]
+    params = built.start.read(built.run.weights_dtype, built.where.params)
+    return states.build(built.begun, built.table, built.placement, params)[0]
 
 
 def check_recipe(built: Built, manager: Manager) -> None:

@@ -10,7 +10,6 @@ import jax.numpy as jnp
 import optax
 
 from ropewalk.core.paths import Spec, flatten, unflatten
-from ropewalk.layers.lm import parameters
 from ropewalk.parallel.axes import Placement, placed, replicated, shardings
 
 
@@ -45,13 +44,15 @@ class State:
         return State(tree["params"], tree["frozen"], opt_state, tree["step"], tree["extra"])
 
 
-def fresh(model: Any, optimizer: optax.GradientTransformation, dtype: Any) -> State:
+def fresh(
+    params: dict[str, jax.Array], optimizer: optax.GradientTransformation, dtype: Any
+) -> State:
     """The state before the first step, with weights of `dtype`; traceable.
 
     The optimizer's state is float32 like its gradients: a bfloat16 mean of squares stands still
     once its changes fall below 0.4 %.
     """
-    params = {path: value.astype(dtype) for path, value in parameters(model).items()}
+    params = {path: value.astype(dtype) for path, value in params.items()}
     opt_state = optimizer.init({path: value.astype(jnp.float32) for path, value in params.items()})
     zero = jnp.zeros((), jnp.int32)
     return State(params, {}, opt_state, zero, {"skipped": zero, "skipped_in_a_row": zero})
@@ -72,11 +73,13 @@ def place(abstract: State, table: Mapping[str, Spec], placement: Placement) -> S
 
 
 def build(
-    make: Callable[[], State], table: Mapping[str, Spec], placement: Placement
+    make: Callable[..., State], table: Mapping[str, Spec], placement: Placement, *given: Any
 ) -> tuple[State, State]:
-    """The state that `make` traces, made where it belongs, and its shardings."""
-    where = place(jax.eval_shape(make), table, placement)
+    """The state that `make` traces from what is given and donated, made where it belongs, and its
+    shardings."""
+    where = place(jax.eval_shape(make, *given), table, placement)
     # It runs once: on a CPU, a lightly optimized program is ready in a third of the time.
     options = {"xla_backend_optimization_level": 1} if placement.platform == "cpu" else {}
     with placed(placement):
-        return jax.jit(make, out_shardings=where).lower().compile(options)(), where
+        program = jax.jit(make, out_shardings=where, donate_argnums=tuple(range(len(given))))
+        return program.lower(*given).compile(options)(*given), where

@@ -30,9 +30,9 @@ def make_step(
 ) -> Step:
     """The step `(state, batch) -> (state, metrics)`, to be jitted; batch arrays are [b, t].
 
-    `structure` is the abstract model. A batch is cut into `accumulate` micro-batches whose gradient sums are divided once by the weight of all, so that
-    they give the gradient of one batch. `rate` is the schedule that `optimizer` follows, and is
-    only reported.
+    `structure` is the abstract model. A batch is cut into `accumulate` micro-batches whose gradient
+    sums are divided once by the weight of all, so that they give the gradient of one batch. `rate`
+    is the schedule that `optimizer` follows, and is only reported.
     """
 
     def sums(
