@@ -22,7 +22,7 @@ from ropewalk.parallel.axes import kind
 SIZES = {
     "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3,
     "num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 4,
-    "max_position_embeddings": 64,
+    "max_position_embeddings": 64, "sliding_window": 5, "query_pre_attn_scalar": 8,
 }  # fmt: skip
 # `plain`: every boolean of the config false; `options`: every one true (biases, a tied head).
 CASES = [(name, variant) for name in models.families() for variant in ("plain", "options")]

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from ropewalk.layers.stack import Stack, depth, repeats
+from ropewalk.layers.stack import Stack, depth, pattern, repeats
 from ropewalk.parallel.remat import Remat
 
 D = 6
@@ -156,3 +156,12 @@ def test_blocks_that_report_nothing_give_no_reports(x):
     y, _, aux = run(Stack([([lambda r: Silent(rngs=r)], 3)], rngs=nnx.Rngs(0)), x)
     assert aux == {}
     np.testing.assert_array_equal(y, x)
+
+
+@pytest.mark.parametrize("kinds", ["a", "aaa", "abab", "aab" * 3 + "aa", "abc", "aabaaab"])
+def test_a_pattern_gives_every_layer_its_kind(kinds):
+    plan = pattern(kinds, lambda kind, _: kind)
+    laid = [make(None) for unit, repeats in plan for _ in range(repeats) for make in unit]
+    assert "".join(laid) == kinds
+    units = {"a": 1, "aaa": 1, "abab": 2, "aab" * 3 + "aa": 3, "abc": 3, "aabaaab": 4}
+    assert len(plan[0][0]) == units[kinds]

@@ -45,15 +45,17 @@ def test_equals_the_library_with_its_gradients(name, n, k):
         np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=2e-6)
 
 
+@pytest.mark.parametrize("cap", [None, 0.7])
 @named
-def test_equals_the_definition(name):
+def test_equals_the_definition(name, cap):
     q, k, v, seen = (np.asarray(a) for a in inputs(6, 2))
     wanted = np.zeros_like(q)
     for b, t, n in np.ndindex(B, T, 6):
         places = np.flatnonzero(seen[b, t])
-        scores = np.exp([0.3 * q[b, t, n] @ k[b, s, n // 3] for s in places])
+        scores = np.array([0.3 * q[b, t, n] @ k[b, s, n // 3] for s in places])
+        scores = np.exp(cap * np.tanh(scores / cap) if cap else scores)
         wanted[b, t, n] = (scores / scores.sum()) @ v[b, places, n // 3]
-    mine = attention.IMPLEMENTATIONS[name](*inputs(6, 2), 0.3)
+    mine = attention.IMPLEMENTATIONS[name](*inputs(6, 2), 0.3, cap)
     np.testing.assert_allclose(mine, wanted, rtol=1e-5, atol=2e-6)
 
 
@@ -123,7 +125,8 @@ def test_mask_is_causal_by_position_within_a_segment():
     rng = np.random.default_rng(0)
     q_positions, k_positions = rng.integers(0, 6, (B, T)), rng.integers(-1, 6, (B, S))
     q_segments, k_segments = rng.integers(0, 3, (B, T)), rng.integers(0, 3, (B, S))
-    seen = mask.visible(*map(jnp.asarray, (q_positions, k_positions, q_segments, k_segments)))
+    segments = jnp.asarray(q_segments), jnp.asarray(k_segments)
+    seen = mask.visible(jnp.asarray(q_positions), jnp.asarray(k_positions), *segments)
     unsegmented = mask.visible(jnp.asarray(q_positions), jnp.asarray(k_positions))
     for b, t, s in np.ndindex(B, T, S):
         ordered = 0 <= k_positions[b, s] <= q_positions[b, t]

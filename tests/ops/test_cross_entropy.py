@@ -24,9 +24,10 @@ def problem():
     return tuple(map(jnp.asarray, (x, head, targets, weights)))
 
 
-def plain(x, head, targets, weights, z_loss=0.0):
+def plain(x, head, targets, weights, z_loss=0.0, soft_cap=None):
     """The definition, with all logits at once."""
     logits = jnp.einsum("btd,dv->btv", x, head, preferred_element_type=jnp.float32)
+    logits = logits if soft_cap is None else soft_cap * jnp.tanh(logits / soft_cap)
     log_z = jax.nn.logsumexp(logits, axis=-1)
     nats = -jnp.take_along_axis(jax.nn.log_softmax(logits), targets[..., None], -1)[..., 0]
     right = jnp.argmax(logits, axis=-1) == targets
@@ -43,14 +44,16 @@ def with_gradient(function):
     return jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))
 
 
+@pytest.mark.parametrize("soft_cap", [None, 2.0])
 @pytest.mark.parametrize("z_loss", [0.0, 0.03])
 @pytest.mark.parametrize("tiles", [1, 3, 12, None])
-def test_equals_plain_autodiff(tiles, z_loss):
+def test_equals_plain_autodiff(tiles, z_loss, soft_cap):
     inputs = problem()
-    (_, sums), grads = with_gradient(
-        lambda *args: cross_entropy(*args, z_loss=z_loss, tiles=tiles)
-    )(*inputs)
-    (_, wanted), wanted_grads = with_gradient(lambda *args: plain(*args, z_loss=z_loss))(*inputs)
+    options = {"z_loss": z_loss, "soft_cap": soft_cap}
+    (_, sums), grads = with_gradient(functools.partial(cross_entropy, tiles=tiles, **options))(
+        *inputs
+    )
+    (_, wanted), wanted_grads = with_gradient(functools.partial(plain, **options))(*inputs)
     np.testing.assert_allclose(sums, wanted, rtol=2e-6)
     for grad, want in zip(grads, wanted_grads, strict=True):
         np.testing.assert_allclose(grad, want, rtol=1e-5, atol=2e-6)

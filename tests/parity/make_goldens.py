@@ -19,14 +19,27 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, Qwen3Config
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    Gemma2Config,
+    Gemma3TextConfig,
+    GemmaConfig,
+    LlamaConfig,
+    MistralConfig,
+    Qwen2Config,
+    Qwen3Config,
+)
 
 GOLDENS = Path(__file__).parent / "goldens"
 BATCH, LENGTH, NEW, VOCAB = 2, 320, 16, 128
 POSITIONS = [*range(0, LENGTH - 16, 8), *range(LENGTH - 16, LENGTH)]
 WEIGHT_STD, SCALE_STD = 0.2, 0.3  # far from flat logits; norm scales far from one
 MARGIN = 0.02  # between the two best logits of every greedy step: rounding cannot swap them
-FAMILIES = {"llama": LlamaConfig, "qwen3": Qwen3Config}
+FAMILIES = {
+    "llama": LlamaConfig, "qwen3": Qwen3Config, "mistral": MistralConfig, "qwen2": Qwen2Config,
+    "gemma": GemmaConfig, "gemma2": Gemma2Config, "gemma3_text": Gemma3TextConfig,
+}  # fmt: skip
 LLAMA3 = {
     "rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0,
     "high_freq_factor": 4.0, "original_max_position_embeddings": 64,
@@ -54,6 +67,11 @@ BASE = {
 }  # fmt: skip
 QWEN3 = {"head_dim": 16, "num_attention_heads": 4, "bos_token_id": 1, "eos_token_id": 2}
 GQA = {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
+GEMMA = {"head_dim": 16, "tie_word_embeddings": True}
+GEMMA2 = {**GEMMA, "sliding_window": 24, "query_pre_attn_scalar": 24, "num_hidden_layers": 3}
+LOCAL = {"rope_type": "default", "rope_theta": 10000.0}
+GEMMA3_ROPE = {"sliding_attention": LOCAL, "full_attention": {**LOCAL, "rope_theta": 1000000.0}}
+STRETCHED = {"rope_type": "linear", "rope_theta": 1000000.0, "factor": 8.0}
 SLIDING = {"use_sliding_window": True, "sliding_window": 48, "max_window_layers": 1}
 
 # What differs from BASE. `save` is not config: how the directory is written.
@@ -83,6 +101,37 @@ VARIANTS: dict[str, dict] = {
     "qwen3-bias": {"attention_bias": True},
     "qwen3-yarn": {"rope_parameters": YARN},
     "qwen3-older-spelling": {**theta(1000000.0), "save": {"spelling": "older"}},
+    "mistral-window": {"sliding_window": 24, **GQA},
+    "mistral-no-window": {"sliding_window": None, "head_dim": 24, **theta(1000000.0)},
+    "mistral-older-spelling": {"sliding_window": 48, "save": {"spelling": "older"}},
+    "qwen2-untied": {**GQA},
+    "qwen2-tied": {"tie_word_embeddings": True, **theta(1000000.0)},
+    "qwen2-yarn": {"rope_parameters": YARN, "save": {"spelling": "older"}},
+    "gemma-tied": GEMMA,
+    "gemma-mqa": {**GEMMA, "num_attention_heads": 4, "num_key_value_heads": 1},
+    "gemma-gelu": {**GEMMA, "hidden_act": "gelu", "tie_word_embeddings": False},
+    "gemma2-capped": {**GEMMA2, "attn_logit_softcapping": 3.0, "final_logit_softcapping": 5.0},
+    "gemma2-uncapped": {
+        **GEMMA2,
+        "attn_logit_softcapping": None,
+        "final_logit_softcapping": None,
+        "num_hidden_layers": 4,
+        **GQA,
+    },
+    "gemma2-bias": {**GEMMA2, "attention_bias": True, "num_hidden_layers": 2},
+    "gemma3_text-pattern": {**GEMMA2, "rope_parameters": GEMMA3_ROPE, "num_hidden_layers": 8},
+    "gemma3_text-linear": {
+        **GEMMA2,
+        "rope_parameters": {**GEMMA3_ROPE, "full_attention": STRETCHED},
+        "num_hidden_layers": 6,
+        **GQA,
+    },
+    "gemma3_text-types": {
+        **GEMMA2,
+        "rope_parameters": GEMMA3_ROPE,
+        "tie_word_embeddings": False,
+        "layer_types": ["full_attention", "full_attention", "sliding_attention"],
+    },
     "qwen3-sliding": {**SLIDING, "num_hidden_layers": 3},
 }
 # Past max_position_embeddings, dynamic RoPE moves the base at every step while old keys stay as
@@ -98,8 +147,9 @@ def build(family: str, values: dict, seed: int) -> torch.nn.Module:
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
         noise = torch.randn(parameter.shape, generator=generator)
+        one = 0.0 if family.startswith("gemma") else 1.0  # Gemma's scales are stored around one
         scale = "norm" in name
-        parameter.data = 1 + SCALE_STD * noise if scale else WEIGHT_STD * noise
+        parameter.data = one + SCALE_STD * noise if scale else WEIGHT_STD * noise
     return model
 
 
@@ -119,13 +169,18 @@ def other_spelling(config: dict) -> dict:
     """The config as transformers 4 wrote it: RoPE at the top level, `torch_dtype`."""
     older = {key: value for key, value in config.items() if key not in ("dtype", "layer_types")}
     parameters = dict(older.pop("rope_parameters"))
+    if "sliding_attention" in parameters:
+        older["rope_local_base_freq"] = parameters["sliding_attention"]["rope_theta"]
+        parameters = dict(parameters["full_attention"])
+        older["layer_types"] = config["layer_types"]
     older["torch_dtype"] = config["dtype"]
     older["rope_theta"] = parameters.pop("rope_theta")
     kind = parameters.pop("rope_type")
     if kind == "default":
         older["rope_scaling"] = None
     else:  # the oldest files say `type`, the later ones `rope_type`: linear shows the oldest
-        older["rope_scaling"] = {"type" if kind == "linear" else "rope_type": kind, **parameters}
+        oldest = kind == "linear" and "rope_local_base_freq" not in older
+        older["rope_scaling"] = {"type" if oldest else "rope_type": kind, **parameters}
     return dict(sorted(older.items()))
 
 

@@ -34,7 +34,8 @@ FORBIDDEN: dict[str, tuple[str, ...]] = {
 
 # Words of a foreign file format that are spelt like a family, by file.
 FORMAT_WORDS = {
-    "text/parts.py": ("llama",),  # GGUF's `tokenizer.ggml.model` for sentencepiece
+    # GGUF's `tokenizer.ggml.model` for sentencepiece, and one of its ways to split words
+    "text/parts.py": ("llama", "qwen2"),
 }
 
 

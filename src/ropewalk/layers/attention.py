@@ -25,6 +25,15 @@ class Spec:
     out_bias: bool = False
     norm_eps: float | None = None
     """with a number: RMS norm over every query and key head"""
+    norm_around_one: bool = False
+    scale: float | None = None
+    """of the scores; by default 1 / sqrt(head_dim)"""
+    soft_cap: float | None = None
+    """bound of the scores"""
+    window: int | None = None
+    """how many of the last keys a query sees, its own among them; by default all"""
+    rope: str = "default"
+    """which of the model's rotations turns queries and keys"""
     out_std: float = INIT_STD
 
 
@@ -37,8 +46,8 @@ class Context:
     """int32 [b, t], absolute"""
     segment_ids: jax.Array
     """int32 [b, t], 0 = padding"""
-    cos: jax.Array
-    sin: jax.Array
+    rotations: dict[str, tuple[jax.Array, jax.Array]]
+    """by name, cosines and sines of every position, each [b, t, h/2]"""
 
 
 class Attention(nnx.Module):
@@ -46,7 +55,7 @@ class Attention(nnx.Module):
 
     def __init__(self, spec: Spec, *, rngs: nnx.Rngs):
         d, n, k, h = spec.hidden, spec.heads, spec.kv_heads, spec.head_dim
-        self.scale = h**-0.5
+        self.spec = spec
         self.attend: attention.Attend = attention.reference
         self.query = Linear((d,), (n, h), ("embed", "heads", "head_dim"), bias=spec.bias, rngs=rngs)
         self.key = Linear(
@@ -57,23 +66,30 @@ class Attention(nnx.Module):
         )
         out_axes = ("heads", "head_dim", "embed")
         self.out = Linear((n, h), (d,), out_axes, bias=spec.out_bias, std=spec.out_std, rngs=rngs)
-        norm = spec.norm_eps
-        self.query_norm = None if norm is None else RMSNorm(h, eps=norm, axis="head_dim")
-        self.key_norm = None if norm is None else RMSNorm(h, eps=norm, axis="head_dim")
+        eps, around_one = spec.norm_eps, spec.norm_around_one
+        norms = [
+            None if eps is None else RMSNorm(h, eps=eps, axis="head_dim", around_one=around_one)
+            for _ in "qk"
+        ]
+        self.query_norm, self.key_norm = norms
 
     def __call__(self, x: jax.Array, ctx: Context, cache: Any = None) -> tuple[jax.Array, Any]:
         """x [b, t, d] -> ([b, t, d], cache with the new keys in it, or None)."""
         q, k, v = self.query(x), self.key(x), self.value(x)
         if self.query_norm is not None and self.key_norm is not None:
             q, k = self.query_norm(q), self.key_norm(k)
-        q = shard(rope.rotate(q, ctx.cos, ctx.sin), "batch", "time", "heads", None)
-        k = shard(rope.rotate(k, ctx.cos, ctx.sin), "batch", "time", "kv_heads", None)
+        turn = ctx.rotations[self.spec.rope]
+        q = shard(rope.rotate(q, *turn), "batch", "time", "heads", None)
+        k = shard(rope.rotate(k, *turn), "batch", "time", "kv_heads", None)
         v = shard(v, "batch", "time", "kv_heads", None)
         if cache is None:
-            seen = mask.visible(ctx.positions, ctx.positions, ctx.segment_ids, ctx.segment_ids)
+            segments = ctx.segment_ids, ctx.segment_ids
+            seen = mask.visible(ctx.positions, ctx.positions, *segments, window=self.spec.window)
         else:
             cache = cache.write(k, v, ctx.positions, stored=ctx.segment_ids > 0)
             k, v, k_positions = cache.read()
-            seen = mask.visible(ctx.positions, k_positions)
-        y = shard(self.attend(q, k, v, seen, self.scale), "batch", "time", "heads", None)
+            seen = mask.visible(ctx.positions, k_positions, window=self.spec.window)
+        scale = self.spec.scale or self.spec.head_dim**-0.5
+        y = self.attend(q, k, v, seen, scale, self.spec.soft_cap)
+        y = shard(y, "batch", "time", "heads", None)
         return self.out(y), cache

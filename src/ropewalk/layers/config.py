@@ -1,8 +1,9 @@
 """The description of a language model, in the words of Hugging Face's `config.json`, read from and
 written to both its spellings."""
 
-from typing import Annotated, Any, ClassVar, Self
+from typing import Annotated, Any, ClassVar, Literal, Self, get_args
 
+import numpy as np
 import pydantic
 
 from ropewalk.core.config import Config
@@ -18,7 +19,8 @@ _COUNT = pydantic.TypeAdapter(Count)
 # Keys that cannot change what the model computes from its weights.
 _HARMLESS = frozenset({
     "_attn_implementation", "_attn_implementation_autoset", "_name_or_path", "architectures",
-    "attention_dropout", "auto_map", "bos_token_id", "chunk_size_feed_forward", "dtype",
+    "attention_dropout", "auto_map", "bos_token_id", "cache_implementation",
+    "chunk_size_feed_forward", "dtype",
     "eos_token_id", "id2label", "initializer_range", "is_encoder_decoder", "is_llama_config",
     "label2id", "max_window_layers", "model_type", "name_or_path", "output_attentions",
     "output_hidden_states", "pad_token_id", "pretraining_tp", "problem_type", "return_dict",
@@ -28,6 +30,7 @@ _HARMLESS = frozenset({
 # Keys that are understood at one value only.
 _ONLY = {
     "rope_interleaved": (False, None),
+    "use_bidirectional_attention": (False, None),
     "use_sliding_window": (False, None),
     "quantization_config": (None,),
 }
@@ -38,6 +41,10 @@ class LMConfig(Config):
 
     architecture: ClassVar[str]
     """the name of Hugging Face's class for it"""
+    activations: ClassVar[tuple[str, ...]] = ("silu",)
+    """what `hidden_act` may be"""
+    around_one: ClassVar[bool] = False
+    """whether norm scales are stored as their distance from one"""
 
     vocab_size: Count
     hidden_size: Count
@@ -53,12 +60,29 @@ class LMConfig(Config):
     rope_scaling: rope.Scaling = rope.Default()
     tie_word_embeddings: bool = False
 
+    def rotations(self) -> dict[str, tuple[np.ndarray, float]]:
+        """By the name that attention layers ask for: radians per position [h/2], and the factor on
+        cosine and sine."""
+        length = self.max_position_embeddings
+        return {"default": self.rope_scaling.frequencies(self.head_dim, self.rope_theta, length)}
+
+    def embed_scale(self) -> float | None:
+        """A factor on the embedded tokens, rounded to their dtype."""
+        return None
+
+    def logit_cap(self) -> float | None:
+        """A bound c of the logits: c tanh(logits / c)."""
+        return None
+
     @pydantic.model_validator(mode="before")
     @classmethod
     def _derive(cls, values: dict[str, Any]) -> dict[str, Any]:
         """Heads of keys default to those of queries, and a head to its share of the hidden
         features. What would follow from a value that is refused is not blamed too."""
-        values = {key: value for key, value in values.items() if value is not None}
+        nullable = {
+            key for key, f in cls.model_fields.items() if type(None) in get_args(f.annotation)
+        }
+        values = {k: v for k, v in values.items() if v is not None or k in nullable}
         heads, hidden = _count(values, "num_attention_heads"), _count(values, "hidden_size")
         values.setdefault("num_key_value_heads", heads or 1)
         if "head_dim" not in values and cls.model_fields["head_dim"].is_required():
@@ -77,8 +101,11 @@ class LMConfig(Config):
                 f"num_attention_heads = {self.num_attention_heads} is not a multiple of "
                 f"num_key_value_heads = {self.num_key_value_heads}"
             )
-        if self.hidden_act != "silu":
-            raise ValueError(f"hidden_act = {self.hidden_act} is not supported; supported: silu")
+        if self.hidden_act not in self.activations:
+            raise ValueError(
+                f"hidden_act = {self.hidden_act} is not supported; supported: "
+                f"{', '.join(self.activations)}"
+            )
         return self
 
     @classmethod
@@ -89,7 +116,8 @@ class LMConfig(Config):
         and are not understood.
         """
         values = _plain_rope(dict(values), source)
-        kinds = values.pop("layer_types", None)
+        own = "layer_types" in cls.model_fields
+        kinds = None if own else values.pop("layer_types", None)
         if kinds is not None and set(kinds) != {"full_attention"}:
             raise ModelError(
                 f"{source}: layer_types has {sorted(set(kinds))}; this family has full_attention "
@@ -121,6 +149,53 @@ class LMConfig(Config):
     def family(cls) -> str:
         """The name of the file that holds this family, which is Hugging Face's `model_type`."""
         return cls.__module__.rpartition(".")[2]
+
+
+class Windowed(LMConfig):
+    """A config of layers of which some see a window of the last keys: every `full_every`-th sees
+    all of them, unless `layer_types` says otherwise."""
+
+    full_every: ClassVar[int]
+
+    sliding_window: Count
+    layer_types: tuple[Literal["sliding_attention", "full_attention"], ...] | None = None
+    """one a layer"""
+
+    @pydantic.model_validator(mode="before")
+    @classmethod
+    def _usual(cls, values: dict[str, Any]) -> dict[str, Any]:
+        """The usual pattern is the same said or not said."""
+        layers = _count(values, "num_hidden_layers") or 0
+        if values.get("layer_types") and tuple(values["layer_types"]) == cls.usual_kinds(layers):
+            return {key: value for key, value in values.items() if key != "layer_types"}
+        return values
+
+    @pydantic.model_validator(mode="after")
+    def _counted(self) -> Self:
+        if self.layer_types is not None and len(self.layer_types) != self.num_hidden_layers:
+            raise ValueError(
+                f"layer_types has {len(self.layer_types)} entries and num_hidden_layers is "
+                f"{self.num_hidden_layers}; there is one a layer"
+            )
+        return self
+
+    def kinds(self) -> tuple[str, ...]:
+        """Of every layer, in Hugging Face's words."""
+        return self.layer_types or self.usual_kinds(self.num_hidden_layers)
+
+    @classmethod
+    def usual_kinds(cls, layers: int) -> tuple[str, ...]:
+        """Of so many layers where nothing is said."""
+        full = range(cls.full_every - 1, layers, cls.full_every)
+        return tuple("full_attention" if i in full else "sliding_attention" for i in range(layers))
+
+    def window(self, kind: str) -> int | None:
+        """How many keys a layer of this kind sees; None for all."""
+        return self.sliding_window if kind == "sliding_attention" else None
+
+    def to_hf(self) -> dict[str, Any]:
+        """As `LMConfig.to_hf`, with every layer's type."""
+        return {**super().to_hf(), "layer_types": list(self.kinds())}
 
 
 def _count(values: dict[str, Any], key: str) -> int | None:

@@ -28,13 +28,17 @@ class LM(nnx.Module):
 
     def __init__(self, config: LMConfig, plan: Sequence[tuple[Unit, int]], *, rngs: nnx.Rngs):
         self.config = config
-        frequencies, self.rope_scale = config.rope_scaling.frequencies(
-            config.head_dim, config.rope_theta, config.max_position_embeddings
+        self.rotations = tuple(
+            (name, tuple(frequencies.tolist()), scale)
+            for name, (frequencies, scale) in config.rotations().items()
         )
-        self.rope_frequencies = tuple(frequencies.tolist())
+        self.embed_scale = config.embed_scale()
+        self.logit_cap = config.logit_cap()
         self.embed = Embedding(config.vocab_size, config.hidden_size, rngs=rngs)
         self.layers = Stack(plan, rngs=rngs)
-        self.final_norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.final_norm = RMSNorm(
+            config.hidden_size, eps=config.rms_norm_eps, around_one=config.around_one
+        )
         tied = config.tie_word_embeddings
         self.head = (
             None
@@ -59,15 +63,30 @@ class LM(nnx.Module):
             positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
         if segment_ids is None:
             segment_ids = jnp.ones_like(tokens)
-        cos, sin = rope.angles(positions, self.rope_frequencies, self.rope_scale)
-        x = shard(self.embed(tokens), "batch", "time", "hidden")
-        x, cache, aux = self.layers(x, Context(positions, segment_ids, cos, sin), cache)
+        x = shard(self.embedded(tokens), "batch", "time", "hidden")
+        x, cache, aux = self.layers(x, self.context(positions, segment_ids), cache)
         return self.final_norm(x), cache, aux
+
+    def embedded(self, tokens: jax.Array) -> jax.Array:
+        """What enters the first layer, [b, t, d], of tokens int32 [b, t]."""
+        x = self.embed(tokens)
+        scale = self.embed_scale
+        return x if scale is None else x * jnp.asarray(scale, x.dtype)
+
+    def context(self, positions: jax.Array, segment_ids: jax.Array) -> Context:
+        """What all layers share at these positions and segments, int32 [b, t]."""
+        rotations = {
+            name: rope.angles(positions, frequencies, scale)
+            for name, frequencies, scale in self.rotations
+        }
+        return Context(positions, segment_ids, rotations)
 
     def unembed(self, x: jax.Array) -> jax.Array:
         """Logits float32 [..., v] of hidden states [..., d]."""
         product = project_rows if self.head_by_row else project
-        return product(x, self.head_params()).astype(jnp.float32)
+        logits = product(x, self.head_params()).astype(jnp.float32)
+        cap = self.logit_cap
+        return logits if cap is None else cap * jnp.tanh(logits / cap)
 
     def head_params(self) -> jax.Array:
         """The output head as it is stored: [v, d] where `head_by_row`, else [d, v].

@@ -1,12 +1,18 @@
 """The gated feed-forward part of a block."""
 
+import functools
+
 import jax
 from flax import nnx
 
 from ropewalk.layers.linear import INIT_STD, Linear
 from ropewalk.parallel.axes import shard
 
-ACTIVATIONS = {"silu": jax.nn.silu}
+ACTIVATIONS = {
+    "silu": jax.nn.silu,
+    "gelu": functools.partial(jax.nn.gelu, approximate=False),
+    "gelu_pytorch_tanh": functools.partial(jax.nn.gelu, approximate=True),
+}
 
 
 class GatedMLP(nnx.Module):

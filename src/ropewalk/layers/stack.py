@@ -5,6 +5,7 @@ stacked on a leading axis.
 checkpoint nor the mathematics.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -99,6 +100,18 @@ class Stack(nnx.Module):
                 for place in range(len(segment))
             ],
         )
+
+
+def pattern[K](kinds: Sequence[K], make: Callable[[K, nnx.Rngs], nnx.Module]) -> list[Any]:
+    """The plan of layers of these kinds in order: the shortest unit that repeats, and what is left
+    of it at the end."""
+    count = len(kinds)
+    period = next(
+        p for p in range(1, count + 1) if all(kinds[i] == kinds[i % p] for i in range(count))
+    )
+    unit = [functools.partial(make, kind) for kind in kinds[:period]]
+    rest = unit[: count % period]
+    return [(unit, count // period), *([(rest, 1)] if rest else [])]
 
 
 def repeats(segment: Sequence[nnx.Module]) -> int:

@@ -26,6 +26,7 @@ class NextToken(Config):
             batch["weights"],
             self.z_loss,
             by_row=model.head_by_row,
+            soft_cap=model.logit_cap,
         )
         return LossOutput(
             objective=Pair(sums.loss, sums.weight),

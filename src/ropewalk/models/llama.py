@@ -8,16 +8,12 @@ interleaved.
 
 from typing import Any, ClassVar
 
-import jax
 from flax import nnx
 
-from ropewalk.layers.attention import Attention, Context, Spec
+from ropewalk.layers.block import Block
 from ropewalk.layers.config import LMConfig
-from ropewalk.layers.linear import depth_std
 from ropewalk.layers.lm import LM
-from ropewalk.layers.mlp import GatedMLP
 from ropewalk.layers.names import decoder_rules
-from ropewalk.layers.norm import RMSNorm
 
 
 class Config(LMConfig):
@@ -29,46 +25,18 @@ class Config(LMConfig):
     mlp_bias: bool = False
 
 
-class Block(nnx.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x))."""
-
-    def __init__(self, c: Config, *, rngs: nnx.Rngs):
-        std = depth_std(c.num_hidden_layers)
-        spec = Spec(
-            hidden=c.hidden_size,
-            heads=c.num_attention_heads,
-            kv_heads=c.num_key_value_heads,
-            head_dim=c.head_dim,
-            bias=c.attention_bias,
-            out_bias=c.attention_bias,
-            out_std=std,
-        )
-        self.attention_norm = RMSNorm(c.hidden_size, eps=c.rms_norm_eps)
-        self.attention = Attention(spec, rngs=rngs)
-        self.mlp_norm = RMSNorm(c.hidden_size, eps=c.rms_norm_eps)
-        self.mlp = GatedMLP(
-            c.hidden_size,
-            c.intermediate_size,
-            activation=c.hidden_act,
-            bias=c.mlp_bias,
-            out_std=std,
-            rngs=rngs,
-        )
-
-    def __call__(
-        self, x: jax.Array, ctx: Context, cache: Any = None
-    ) -> tuple[jax.Array, Any, dict[str, jax.Array]]:
-        """x [b, t, d] -> ([b, t, d], cache, nothing to report)."""
-        y, cache = self.attention(self.attention_norm(x), ctx, cache)
-        x = x + y
-        return x + self.mlp(self.mlp_norm(x)), cache, {}
+def block(c: Config, rngs: nnx.Rngs) -> Block:
+    """One layer."""
+    return Block(
+        c, bias=c.attention_bias, out_bias=c.attention_bias, mlp_bias=c.mlp_bias, rngs=rngs
+    )
 
 
 class Model(LM):
     """A stack of one segment."""
 
     def __init__(self, c: Config, *, rngs: nnx.Rngs):
-        super().__init__(c, [([lambda r: Block(c, rngs=r)], c.num_hidden_layers)], rngs=rngs)
+        super().__init__(c, [([lambda r: block(c, r)], c.num_hidden_layers)], rngs=rngs)
 
 
 def _sizes(hidden: int, inner: int, layers: int, heads: int, kv_heads: int, **more: Any) -> Config:

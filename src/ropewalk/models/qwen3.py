@@ -1,20 +1,15 @@
 """Qwen3 (dense): pre-norm blocks with SwiGLU, and an RMS norm on every query and key head in place
 of biases. arXiv:2505.09388"""
 
-from typing import Any, ClassVar
+from typing import ClassVar
 
-import jax
 import pydantic
 from flax import nnx
 
-from ropewalk.core.weights import Rule
-from ropewalk.layers.attention import Attention, Context, Spec
+from ropewalk.layers.block import Block
 from ropewalk.layers.config import HeadDim, LMConfig
-from ropewalk.layers.linear import depth_std
 from ropewalk.layers.lm import LM
-from ropewalk.layers.mlp import GatedMLP
 from ropewalk.layers.names import decoder_rules
-from ropewalk.layers.norm import RMSNorm
 
 
 class Config(LMConfig):
@@ -28,42 +23,18 @@ class Config(LMConfig):
     attention_bias: bool = False
 
 
-class Block(nnx.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x)); queries and keys are normed a head."""
-
-    def __init__(self, c: Config, *, rngs: nnx.Rngs):
-        std = depth_std(c.num_hidden_layers)
-        spec = Spec(
-            hidden=c.hidden_size,
-            heads=c.num_attention_heads,
-            kv_heads=c.num_key_value_heads,
-            head_dim=c.head_dim,
-            bias=c.attention_bias,
-            out_bias=c.attention_bias,
-            norm_eps=c.rms_norm_eps,
-            out_std=std,
-        )
-        self.attention_norm = RMSNorm(c.hidden_size, eps=c.rms_norm_eps)
-        self.attention = Attention(spec, rngs=rngs)
-        self.mlp_norm = RMSNorm(c.hidden_size, eps=c.rms_norm_eps)
-        self.mlp = GatedMLP(
-            c.hidden_size, c.intermediate_size, activation=c.hidden_act, out_std=std, rngs=rngs
-        )
-
-    def __call__(
-        self, x: jax.Array, ctx: Context, cache: Any = None
-    ) -> tuple[jax.Array, Any, dict[str, jax.Array]]:
-        """x [b, t, d] -> ([b, t, d], cache, nothing to report)."""
-        y, cache = self.attention(self.attention_norm(x), ctx, cache)
-        x = x + y
-        return x + self.mlp(self.mlp_norm(x)), cache, {}
+def block(c: Config, rngs: nnx.Rngs) -> Block:
+    """One layer."""
+    return Block(
+        c, bias=c.attention_bias, out_bias=c.attention_bias, norm_eps=c.rms_norm_eps, rngs=rngs
+    )
 
 
 class Model(LM):
     """A stack of one segment."""
 
     def __init__(self, c: Config, *, rngs: nnx.Rngs):
-        super().__init__(c, [([lambda r: Block(c, rngs=r)], c.num_hidden_layers)], rngs=rngs)
+        super().__init__(c, [([lambda r: block(c, r)], c.num_hidden_layers)], rngs=rngs)
 
 
 def _sizes(hidden: int, inner: int, layers: int, heads: int, tied: bool) -> Config:
@@ -87,8 +58,4 @@ PRESETS: dict[str, Config] = {
     "qwen3-32b": _sizes(5120, 25600, 64, 64, False),
 }
 
-WEIGHTS = (
-    *decoder_rules(),
-    Rule("model.layers.{i}.self_attn.q_norm.weight", "layers.*.attention.query_norm.scale"),
-    Rule("model.layers.{i}.self_attn.k_norm.weight", "layers.*.attention.key_norm.scale"),
-)
+WEIGHTS = decoder_rules()

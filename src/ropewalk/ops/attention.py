@@ -9,37 +9,60 @@ import jax.numpy as jnp
 from ropewalk.core.errors import LayoutError
 from ropewalk.ops.matmul import transposed
 
-Attend = Callable[[jax.Array, jax.Array, jax.Array, jax.Array, float], jax.Array]
+Attend = Callable[..., jax.Array]
 
 # Large enough to vanish in a softmax, small enough that a row of nothing else stays finite.
 _MASKED = -1e30
 
 
-def reference(q: jax.Array, k: jax.Array, v: jax.Array, seen: jax.Array, scale: float) -> jax.Array:
-    """softmax(q k^T * scale) v, the softmax in float32; queries share keys in groups of n / k.
+def reference(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    seen: jax.Array,
+    scale: float,
+    soft_cap: float | None = None,
+) -> jax.Array:
+    """softmax(cap(q k^T * scale)) v, the softmax in float32; queries share keys in groups of n / k.
 
-    q [b,t,n,h], k and v [b,s,k,h], seen bool [b,t,s] -> [b,t,n,h]. A query that sees nothing gets a
-    finite value.
+    q [b,t,n,h], k and v [b,s,k,h], seen bool [b,t,s] -> [b,t,n,h]. `soft_cap` c bounds the scores:
+    cap(s) = c tanh(s / c), arXiv:2408.00118 section 2. A query that sees nothing gets a finite
+    value.
     """
     q, k, v = _by_head(q, k.shape[2]), jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2)
-    return _by_token(_one(q, k, v, seen[:, None], scale)[0], seen.shape[1])
+    return _by_token(_one(q, k, v, seen[:, None], scale, soft_cap)[0], seen.shape[1])
 
 
-def library(q: jax.Array, k: jax.Array, v: jax.Array, seen: jax.Array, scale: float) -> jax.Array:
-    """`jax.nn.dot_product_attention`, which takes cuDNN's kernel where it can; as `reference`."""
+def library(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    seen: jax.Array,
+    scale: float,
+    soft_cap: float | None = None,
+) -> jax.Array:
+    """`jax.nn.dot_product_attention`, which takes cuDNN's kernel where it can; as `reference`,
+    which takes over where scores are capped."""
+    if soft_cap is not None:
+        return reference(q, k, v, seen, scale, soft_cap)
     return jax.nn.dot_product_attention(q, k, v, mask=seen[:, None], scale=scale)
 
 
 def sequential(
-    q: jax.Array, k: jax.Array, v: jax.Array, seen: jax.Array, scale: float
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    seen: jax.Array,
+    scale: float,
+    soft_cap: float | None = None,
 ) -> jax.Array:
     """One sequence after the other, so that its scores stay in a CPU's cache; as `reference`.
 
     The backward pass makes the probabilities again from the log-normaliser, as arXiv:2205.14135
-    does, and keeps nothing of size t x s.
+    does, and keeps nothing of size t x s. `reference` takes over where scores are capped.
     """
-    if q.shape[0] == 1 or q.shape[1] == 1:
-        return reference(q, k, v, seen, scale)
+    if q.shape[0] == 1 or q.shape[1] == 1 or soft_cap is not None:
+        return reference(q, k, v, seen, scale, soft_cap)
     q, k, v = _by_head(q, k.shape[2]), jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2)
     return _by_token(_sequential(scale, q, k, v, seen), seen.shape[1])
 
@@ -73,17 +96,21 @@ def _by_token(y: jax.Array, t: int) -> jax.Array:
     return jnp.swapaxes(y.reshape(b, -1, t, h), 1, 2)
 
 
-def _scores(q: jax.Array, k: jax.Array, seen: jax.Array, scale: float) -> jax.Array:
+def _scores(
+    q: jax.Array, k: jax.Array, seen: jax.Array, scale: float, soft_cap: float | None = None
+) -> jax.Array:
     """Masked float32 scores [..., g * t, s] of q [..., g * t, h]; seen [..., t, s]."""
     scores = _product(q, jnp.swapaxes(k, -1, -2)) * scale
+    if soft_cap is not None:
+        scores = soft_cap * jnp.tanh(scores / soft_cap)
     t, s = seen.shape[-2:]
     grouped = scores.reshape(*scores.shape[:-2], -1, t, s)
     return jnp.where(seen[..., None, :, :], grouped, _MASKED).reshape(scores.shape)
 
 
-def _one(q, k, v, seen, scale) -> tuple[jax.Array, jax.Array]:
+def _one(q, k, v, seen, scale, soft_cap=None) -> tuple[jax.Array, jax.Array]:
     """Attention of grouped rows, and the logarithm of each row's normaliser."""
-    scores = _scores(q, k, seen, scale)
+    scores = _scores(q, k, seen, scale, soft_cap)
     top = jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True))
     weights = jnp.exp(scores - top)
     total = jnp.sum(weights, axis=-1, keepdims=True)

@@ -40,17 +40,19 @@ def cross_entropy(
     z_loss: float = 0.0,
     tiles: int | None = None,
     by_row: bool = False,
+    soft_cap: float | None = None,
 ) -> CrossEntropy:
     """Sums of -log p(target) + z_loss * log^2 Z, with logits = x @ head in float32, the
     head first cast to x's dtype. z-loss:
     arXiv:2204.02311 section 5.
 
     x [b,t,d], head [d,v] (or [v,d] `by_row`), targets int32 [b,t], weights float32 [b,t]. `tiles`
-    divides t; by default a tile's logits take about 32 MiB. Differentiable in x and head, through
+    divides t; by default a tile's logits take about 32 MiB. With `soft_cap` c the logits are
+    c tanh(x @ head / c). Differentiable in x and head, through
     `loss`.
     """
     tiles = tiles or tile_count(x.shape[0], x.shape[1], head.shape[0 if by_row else 1])
-    return CrossEntropy(*_sums(tiles, z_loss, by_row, x, head, targets, weights))
+    return CrossEntropy(*_sums(tiles, z_loss, by_row, soft_cap, x, head, targets, weights))
 
 
 def tile_count(batch: int, length: int, vocab: int) -> int:
@@ -59,14 +61,14 @@ def tile_count(batch: int, length: int, vocab: int) -> int:
     return next(n for n in range(1, length + 1) if length % n == 0 and (n >= wanted or n == length))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _sums(tiles, z_loss, by_row, x, head, targets, weights):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))
+def _sums(tiles, z_loss, by_row, soft_cap, x, head, targets, weights):
     to_logits = "bd,vd->bv" if by_row else "bd,dv->bv"
     head = head.astype(x.dtype)
 
     def body(sums, tile):
         x, targets, weights = tile
-        logits = _product(x, head, to_logits)
+        logits = _capped(_product(x, head, to_logits), soft_cap)
         return sums + _tile_sums(
             logits, jax.nn.logsumexp(logits, axis=-1), targets, weights, z_loss
         ), None
@@ -75,7 +77,7 @@ def _sums(tiles, z_loss, by_row, x, head, targets, weights):
     return tuple(sums)
 
 
-def _sums_forward(tiles, z_loss, by_row, x, head, targets, weights):
+def _sums_forward(tiles, z_loss, by_row, soft_cap, x, head, targets, weights):
     """With e = exp(logits - max) and total = sum e, the gradient of the logits is, row by row,
     c * e but at the target, c = weight * (1 + 2 z_loss log Z) / total. The c is applied to the
     narrow side of both products, and the target's entry corrected in e: no second pass over it.
@@ -87,7 +89,7 @@ def _sums_forward(tiles, z_loss, by_row, x, head, targets, weights):
     def body(carry, tile):
         sums, d_head = carry
         x, targets, weights = tile
-        logits = _product(x, head, to_logits)
+        logits = _capped(_product(x, head, to_logits), soft_cap)
         top = jnp.max(logits, axis=-1, keepdims=True)
         e = jnp.exp(logits - top)
         total = jnp.sum(e, axis=-1)
@@ -96,6 +98,8 @@ def _sums_forward(tiles, z_loss, by_row, x, head, targets, weights):
         slope = 1 + 2 * z_loss * log_z
         c = (weights * slope / total)[..., None]
         d_logits = _minus_at(e.astype(x.dtype), targets, total / slope)
+        if soft_cap is not None:
+            d_logits = d_logits * (1 - (logits / soft_cap) ** 2).astype(x.dtype)
         d_x = c * _product(d_logits, head, to_x)
         scaled = (c * x.astype(jnp.float32)).astype(x.dtype)
         if platform() == "cpu":
@@ -111,13 +115,17 @@ def _sums_forward(tiles, z_loss, by_row, x, head, targets, weights):
     return tuple(sums), (_untiled(d_x, x.shape), d_head, like_head)
 
 
-def _sums_backward(tiles, z_loss, by_row, residuals, cotangents):
+def _sums_backward(tiles, z_loss, by_row, soft_cap, residuals, cotangents):
     d_x, d_head, like_head = residuals
     scale = cotangents[0]
     return (scale * d_x).astype(d_x.dtype), (scale * d_head).astype(like_head.dtype), None, None
 
 
 _sums.defvjp(_sums_forward, _sums_backward)
+
+
+def _capped(logits, soft_cap):
+    return logits if soft_cap is None else soft_cap * jnp.tanh(logits / soft_cap)
 
 
 def _minus_at(e, targets, amount):

@@ -9,13 +9,16 @@ def visible(
     k_positions: jax.Array,
     q_segments: jax.Array | None = None,
     k_segments: jax.Array | None = None,
+    window: int | None = None,
 ) -> jax.Array:
-    """Causal visibility [b, t, s] bool: key position >= 0, not after the query, and of the same
-    segment.
+    """Causal visibility [b, t, s] bool: key position >= 0, not after the query, among the `window`
+    last ones up to it, and of the same segment.
 
     Positions and segments are int32 [b, t] and [b, s]; a key position of -1 marks an empty place.
     """
     seen = (k_positions[:, None, :] >= 0) & (k_positions[:, None, :] <= q_positions[:, :, None])
+    if window is not None:
+        seen &= k_positions[:, None, :] > q_positions[:, :, None] - window
     if q_segments is not None and k_segments is not None:
         seen &= q_segments[:, :, None] == k_segments[:, None, :]
     return seen

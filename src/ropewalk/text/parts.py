@@ -23,7 +23,7 @@ _LLAMA3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-_QWEN2 = _LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")
+_LONE_DIGITS = _LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")
 _DIGIT = r"\p{N}"
 
 SPLITS: dict[str, tuple[str, ...]] = {
@@ -32,7 +32,7 @@ SPLITS: dict[str, tuple[str, ...]] = {
     "starcoder": (_DIGIT, _GPT2),
     "llama-bpe": (_LLAMA3,),
     "llama3": (_LLAMA3,),
-    "qwen2": (_QWEN2,),
+    "qwen2": (_LONE_DIGITS,),
 }
 
 

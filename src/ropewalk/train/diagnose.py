@@ -5,13 +5,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
-from ropewalk.layers.attention import Context
 from ropewalk.layers.lm import with_parameters
 from ropewalk.layers.stack import depth
-from ropewalk.ops import rope
 from ropewalk.train.step import Batch, Loss
 
 
@@ -22,10 +19,8 @@ def first_bad(structure: Any, loss: Loss, params: dict[str, jax.Array], batch: B
     if bad:
         return f"the weight `{bad[0]}` is not finite"
     model = with_parameters(structure, params)
-    positions = batch["positions"]
-    cos, sin = rope.angles(positions, np.asarray(model.rope_frequencies), model.rope_scale)
-    ctx = Context(positions, batch["segment_ids"], cos, sin)
-    x = model.embed(batch["tokens"])
+    ctx = model.context(batch["positions"], batch["segment_ids"])
+    x = model.embedded(batch["tokens"])
     for index in range(depth(model.layers)):
         x, _, _ = model.layers.layer(index)(x, ctx)
         if not _finite(x):

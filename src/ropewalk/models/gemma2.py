@@ -1,0 +1,96 @@
+"""Gemma 2: Gemma's block with a norm after each part too, scores and logits bounded by a tanh, and
+layers that see a window by turns with layers that see all. arXiv:2408.00118"""
+
+import math
+from typing import Any, ClassVar, Self
+
+import pydantic
+from flax import nnx
+
+from ropewalk.layers.block import Block
+from ropewalk.layers.config import Count, HeadDim, Windowed
+from ropewalk.layers.lm import LM
+from ropewalk.layers.names import ALL_NORMS, decoder_rules
+from ropewalk.layers.stack import pattern
+
+
+class Config(Windowed):
+    """Hugging Face's names; its `hidden_activation` is our `hidden_act`."""
+
+    architecture: ClassVar[str] = "Gemma2ForCausalLM"
+    activations: ClassVar[tuple[str, ...]] = ("gelu_pytorch_tanh", "gelu")
+    around_one: ClassVar[bool] = True
+    full_every: ClassVar[int] = 2
+
+    head_dim: HeadDim = 256
+    hidden_act: str = "gelu_pytorch_tanh"
+    max_position_embeddings: Count = 8192
+    tie_word_embeddings: bool = True
+    attention_bias: bool = False
+    sliding_window: Count = 4096
+    query_pre_attn_scalar: float = pydantic.Field(default=256, gt=0)
+    """scores are divided by its root"""
+    attn_logit_softcapping: float | None = pydantic.Field(default=50.0, gt=0)
+    final_logit_softcapping: float | None = pydantic.Field(default=30.0, gt=0)
+
+    def embed_scale(self) -> float:
+        """The root of the hidden size."""
+        return math.sqrt(self.hidden_size)
+
+    def logit_cap(self) -> float | None:
+        """Bound of the logits."""
+        return self.final_logit_softcapping
+
+    @classmethod
+    def from_hf(cls, values: dict[str, Any], source: str = "config.json") -> Self:
+        """As `LMConfig.from_hf`."""
+        act = values.get("hidden_activation") or values.get("hidden_act")
+        rest = {k: v for k, v in values.items() if k not in ("hidden_activation", "hidden_act")}
+        return super().from_hf({**rest, "hidden_act": act} if act else rest, source)
+
+    def to_hf(self) -> dict[str, Any]:
+        """As `LMConfig.to_hf`."""
+        values = super().to_hf()
+        return {**values, "hidden_activation": values.pop("hidden_act")}
+
+
+def block(c: Config, kind: str, rngs: nnx.Rngs) -> Block:
+    """One layer of a kind."""
+    return Block(
+        c,
+        post=True,
+        bias=c.attention_bias,
+        out_bias=c.attention_bias,
+        scale=c.query_pre_attn_scalar**-0.5,
+        soft_cap=c.attn_logit_softcapping,
+        window=c.window(kind),
+        rngs=rngs,
+    )
+
+
+class Model(LM):
+    """Pairs of a layer with a window and one without."""
+
+    def __init__(self, c: Config, *, rngs: nnx.Rngs):
+        super().__init__(c, pattern(c.kinds(), lambda kind, r: block(c, kind, r)), rngs=rngs)
+
+
+def _sizes(hidden: int, inner: int, layers: int, heads: int, kv_heads: int, **more: Any) -> Config:
+    return Config.parse({
+        "vocab_size": 256000,
+        "hidden_size": hidden,
+        "intermediate_size": inner,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        **more,
+    })  # fmt: skip
+
+
+PRESETS: dict[str, Config] = {
+    "gemma2-2b": _sizes(2304, 9216, 26, 8, 4),
+    "gemma2-9b": _sizes(3584, 14336, 42, 16, 8),
+    "gemma2-27b": _sizes(4608, 36864, 46, 32, 16, head_dim=128, query_pre_attn_scalar=144),
+}
+
+WEIGHTS = decoder_rules(norms=ALL_NORMS)

@@ -1,0 +1,131 @@
+"""Gemma 3, the text model: Gemma 2's block with norms on queries and keys in place of the bounds;
+five layers with a window and a RoPE base of their own to one that sees all. arXiv:2503.19786"""
+
+import math
+from typing import Any, ClassVar, Self
+
+import numpy as np
+import pydantic
+from flax import nnx
+
+from ropewalk.core.errors import ModelError
+from ropewalk.layers.block import Block
+from ropewalk.layers.config import Count, HeadDim, Windowed
+from ropewalk.layers.lm import LM
+from ropewalk.layers.names import ALL_NORMS, decoder_rules
+from ropewalk.layers.stack import pattern
+from ropewalk.ops import rope
+
+
+class Config(Windowed):
+    """Hugging Face's names; its `hidden_activation` is our `hidden_act`."""
+
+    architecture: ClassVar[str] = "Gemma3ForCausalLM"
+    activations: ClassVar[tuple[str, ...]] = ("gelu_pytorch_tanh", "gelu")
+    around_one: ClassVar[bool] = True
+    full_every: ClassVar[int] = 6
+
+    head_dim: HeadDim = 256
+    hidden_act: str = "gelu_pytorch_tanh"
+    max_position_embeddings: Count = 131072
+    rope_theta: float = pydantic.Field(default=1e6, gt=0)
+    """of layers that see all; `rope_scaling` is theirs too"""
+    rope_local_base_freq: float = pydantic.Field(default=10_000.0, gt=0)
+    """of layers with a window"""
+    tie_word_embeddings: bool = True
+    attention_bias: bool = False
+    sliding_window: Count = 4096
+    query_pre_attn_scalar: float = pydantic.Field(default=256, gt=0)
+    """scores are divided by its root"""
+    attn_logit_softcapping: float | None = pydantic.Field(default=None, gt=0)
+    final_logit_softcapping: float | None = pydantic.Field(default=None, gt=0)
+
+    def embed_scale(self) -> float:
+        """The root of the hidden size."""
+        return math.sqrt(self.hidden_size)
+
+    def rotations(self) -> dict[str, tuple[np.ndarray, float]]:
+        """One for each kind of layer."""
+        local = rope.frequencies(self.head_dim, self.rope_local_base_freq), 1.0
+        return {"full_attention": super().rotations()["default"], "sliding_attention": local}
+
+    def logit_cap(self) -> float | None:
+        """Bound of the logits."""
+        return self.final_logit_softcapping
+
+    @classmethod
+    def from_hf(cls, values: dict[str, Any], source: str = "config.json") -> Self:
+        """As `LMConfig.from_hf`; the newer `rope_parameters` has an entry for each kind of
+        layer."""
+        values = dict(values)
+        act, old = values.pop("hidden_activation", None), values.pop("hidden_act", None)
+        if act or old:
+            values["hidden_act"] = act or old
+        by_kind = values.get("rope_parameters") or {}
+        if "full_attention" in by_kind:
+            values["rope_parameters"] = by_kind["full_attention"]
+            values["rope_local_base_freq"] = by_kind["sliding_attention"]["rope_theta"]
+        period = values.pop("_sliding_window_pattern", values.pop("sliding_window_pattern", 6))
+        if not values.get("layer_types") and period != cls.full_every:
+            raise ModelError(
+                f"{source}: sliding_window_pattern = {period} and no layer_types; say each layer's "
+                "type in layer_types"
+            )
+        return super().from_hf(values, source)
+
+    def to_hf(self) -> dict[str, Any]:
+        """As `LMConfig.to_hf`."""
+        values = super().to_hf()
+        return {**values, "hidden_activation": values.pop("hidden_act")}
+
+
+def block(c: Config, kind: str, rngs: nnx.Rngs) -> Block:
+    """One layer of a kind."""
+    return Block(
+        c,
+        post=True,
+        bias=c.attention_bias,
+        out_bias=c.attention_bias,
+        scale=c.query_pre_attn_scalar**-0.5,
+        soft_cap=c.attn_logit_softcapping,
+        window=c.window(kind),
+        rope=kind,
+        norm_eps=c.rms_norm_eps,
+        rngs=rngs,
+    )
+
+
+class Model(LM):
+    """Units of six layers, and what is left of one."""
+
+    def __init__(self, c: Config, *, rngs: nnx.Rngs):
+        super().__init__(c, pattern(c.kinds(), lambda kind, r: block(c, kind, r)), rngs=rngs)
+
+
+def _sizes(hidden: int, inner: int, layers: int, heads: int, kv_heads: int, **more: Any) -> Config:
+    return Config.parse({
+        "vocab_size": 262208,
+        "hidden_size": hidden,
+        "intermediate_size": inner,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "sliding_window": 1024,
+        **more,
+    })  # fmt: skip
+
+
+_SMALL = {"vocab_size": 262144, "sliding_window": 512, "max_position_embeddings": 32768}
+_STRETCHED = {"rope_scaling": {"rope_type": "linear", "factor": 8.0}}
+
+PRESETS: dict[str, Config] = {
+    "gemma3-270m": _sizes(640, 2048, 18, 4, 1, **_SMALL),
+    "gemma3-1b": _sizes(1152, 6912, 26, 4, 1, **_SMALL),
+    "gemma3-4b": _sizes(2560, 10240, 34, 8, 4, **_STRETCHED),
+    "gemma3-12b": _sizes(3840, 15360, 48, 16, 8, **_STRETCHED),
+    "gemma3-27b": _sizes(
+        5376, 21504, 62, 32, 16, head_dim=128, query_pre_attn_scalar=168, **_STRETCHED
+    ),
+}
+
+WEIGHTS = decoder_rules(norms=ALL_NORMS)
