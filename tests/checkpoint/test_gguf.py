@@ -128,6 +128,12 @@ def test_a_file_gives_the_parameters_it_was_made_from(
     } | ({"attention_bias": True} if biased else {})
 
 
+def test_a_family_whose_files_say_more_is_refused(model: Path) -> None:
+    unread = [dataclasses.replace(rule, gguf="unknown") for rule in RULES]
+    with pytest.raises(ModelError, match="GGUF files of `llama` models are not supported"):
+        gguf.read(model).reader(unread)
+
+
 def test_rows_stay_where_the_rule_names_no_pairs(model: Path) -> None:
     plain = [dataclasses.replace(rule, gguf="") for rule in RULES]
     name, file = "model.layers.1.self_attn.q_proj.weight", gguf.read(model)

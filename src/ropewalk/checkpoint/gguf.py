@@ -176,7 +176,7 @@ class File:
         }
         if scaling := self._rope_scaling(head_dim, config["rope_theta"]):
             config["rope_scaling"] = scaling
-        for key, tensor in (("attention_bias", "attn_q"), ("mlp_bias", "ffn_gate")):
+        for key, tensor in (("attention_bias", "attn_output"), ("mlp_bias", "ffn_gate")):
             if f"blk.0.{tensor}.bias" in self.tensors:
                 config[key] = True
         ids = {"bos_token_id": Keys.Tokenizer.BOS_ID, "eos_token_id": Keys.Tokenizer.EOS_ID}
@@ -235,6 +235,12 @@ class Reader:
 
         Raises ModelError for an architecture that it does not know.
         """
+        rules = list(rules)
+        if any(rule.gguf == "unknown" for rule in rules):
+            raise ModelError(
+                f"{file.path}: GGUF files of `{file.architecture}` models are not supported; use a "
+                "Hugging Face directory"
+            )
         self.file = file
         self.place = str(file.path)
         self._pairs = dict(_names(file, rules))

@@ -66,7 +66,8 @@ class Rule:
     source: str
     path: str
     op: Op = COPY
-    # What a GGUF file did to the tensor beside renaming it; "rope_pairs": rotary pairs interleaved.
+    # What a GGUF file did to the tensor beside renaming it; "rope_pairs": rotary pairs interleaved;
+    # "unknown": what else such files say is not read yet, so they are refused.
     gguf: str = ""
     # Where the model has no such parameter, a file may hold the tensor if it equals this source.
     tied: str = ""

@@ -64,4 +64,4 @@ PRESETS: dict[str, Config] = {
     ),
 }
 
-WEIGHTS = decoder_rules()
+WEIGHTS = decoder_rules(gguf_pairs="unknown")

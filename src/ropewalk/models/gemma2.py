@@ -93,4 +93,4 @@ PRESETS: dict[str, Config] = {
     "gemma2-27b": _sizes(4608, 36864, 46, 32, 16, head_dim=128, query_pre_attn_scalar=144),
 }
 
-WEIGHTS = decoder_rules(norms=ALL_NORMS)
+WEIGHTS = decoder_rules(gguf_pairs="unknown", norms=ALL_NORMS)

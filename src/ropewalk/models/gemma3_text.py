@@ -128,4 +128,4 @@ PRESETS: dict[str, Config] = {
     ),
 }
 
-WEIGHTS = decoder_rules(norms=ALL_NORMS)
+WEIGHTS = decoder_rules(gguf_pairs="unknown", norms=ALL_NORMS)
