@@ -125,7 +125,15 @@ def test_a_file_gives_the_parameters_it_was_made_from(
         "rope_theta": 50000.0,
         "tie_word_embeddings": tied,
         "eos_token_id": 2,
-    } | ({"attention_bias": True} if biased else {})
+    }
+
+
+def test_a_bias_of_every_projection_is_the_config_s(tmp_path: Path) -> None:
+    """Biases of queries, keys and values alone are a family's own."""
+    specs = table(**sizes(biased=True))
+    tensors = converted(specs, random(specs))
+    tensors["blk.0.attn_output.bias"] = np.zeros(D, np.float32)
+    assert gguf.read(write(tmp_path / "m.gguf", tensors)).config["attention_bias"] is True
 
 
 def test_a_family_whose_files_say_more_is_refused(model: Path) -> None:

@@ -55,7 +55,6 @@ def table(
             "attention.query.bias": (n, h),
             "attention.key.bias": (k, h),
             "attention.value.bias": (k, h),
-            "attention.out.bias": (d,),
         }
     for unit in range(units):
         shapes |= {f"layers.segments.0.{unit}.{name}": (layers, *s) for name, s in block.items()}
