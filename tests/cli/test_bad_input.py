@@ -195,7 +195,7 @@ def _short(model: Path) -> None:
 @pytest.mark.parametrize(
     ("spoil", "says"),
     [
-        (lambda m: _change(m / "config.json", model_type="gpt9"), ("gpt9", "llama, qwen3")),
+        (lambda m: _change(m / "config.json", model_type="gpt9"), ("gpt9", "llama", "qwen3")),
         (
             lambda m: _change(m / "config.json", rope_scaling={"rope_type": "twist", "factor": 2}),
             ("config.json", "twist"),
