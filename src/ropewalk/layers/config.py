@@ -43,6 +43,8 @@ class LMConfig(Config):
     """the name of Hugging Face's class for it"""
     activations: ClassVar[tuple[str, ...]] = ("silu",)
     """what `hidden_act` may be"""
+    act_key: ClassVar[str] = "hidden_act"
+    """what `config.json` calls it"""
     around_one: ClassVar[bool] = False
     """whether norm scales are stored as their distance from one"""
 
@@ -116,6 +118,9 @@ class LMConfig(Config):
         and are not understood.
         """
         values = _plain_rope(dict(values), source)
+        act = values.pop(cls.act_key, None)
+        if act is not None:
+            values["hidden_act"] = act
         own = "layer_types" in cls.model_fields
         kinds = None if own else values.pop("layer_types", None)
         if kinds is not None and set(kinds) != {"full_attention"}:
@@ -141,6 +146,7 @@ class LMConfig(Config):
     def to_hf(self) -> dict[str, Any]:
         """`config.json` in the spelling that every version of `transformers` reads."""
         values = self.model_dump(mode="json")
+        values[self.act_key] = values.pop("hidden_act")
         scaling = values.pop("rope_scaling")
         values["rope_scaling"] = None if scaling["rope_type"] == "default" else scaling
         return {"architectures": [self.architecture], "model_type": self.family(), **values}

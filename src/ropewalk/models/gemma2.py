@@ -2,7 +2,7 @@
 layers that see a window by turns with layers that see all. arXiv:2408.00118"""
 
 import math
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 import pydantic
 from flax import nnx
@@ -15,10 +15,11 @@ from ropewalk.layers.stack import pattern
 
 
 class Config(Windowed):
-    """Hugging Face's names; its `hidden_activation` is our `hidden_act`."""
+    """Hugging Face's names."""
 
     architecture: ClassVar[str] = "Gemma2ForCausalLM"
     activations: ClassVar[tuple[str, ...]] = ("gelu_pytorch_tanh", "gelu")
+    act_key: ClassVar[str] = "hidden_activation"
     around_one: ClassVar[bool] = True
     full_every: ClassVar[int] = 2
 
@@ -40,18 +41,6 @@ class Config(Windowed):
     def logit_cap(self) -> float | None:
         """Bound of the logits."""
         return self.final_logit_softcapping
-
-    @classmethod
-    def from_hf(cls, values: dict[str, Any], source: str = "config.json") -> Self:
-        """As `LMConfig.from_hf`."""
-        act = values.get("hidden_activation") or values.get("hidden_act")
-        rest = {k: v for k, v in values.items() if k not in ("hidden_activation", "hidden_act")}
-        return super().from_hf({**rest, "hidden_act": act} if act else rest, source)
-
-    def to_hf(self) -> dict[str, Any]:
-        """As `LMConfig.to_hf`."""
-        values = super().to_hf()
-        return {**values, "hidden_activation": values.pop("hidden_act")}
 
 
 def block(c: Config, kind: str, rngs: nnx.Rngs) -> Block:

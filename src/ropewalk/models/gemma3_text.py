@@ -18,10 +18,11 @@ from ropewalk.ops import rope
 
 
 class Config(Windowed):
-    """Hugging Face's names; its `hidden_activation` is our `hidden_act`."""
+    """Hugging Face's names."""
 
     architecture: ClassVar[str] = "Gemma3ForCausalLM"
     activations: ClassVar[tuple[str, ...]] = ("gelu_pytorch_tanh", "gelu")
+    act_key: ClassVar[str] = "hidden_activation"
     around_one: ClassVar[bool] = True
     full_every: ClassVar[int] = 6
 
@@ -58,9 +59,6 @@ class Config(Windowed):
         """As `LMConfig.from_hf`; the newer `rope_parameters` has an entry for each kind of
         layer."""
         values = dict(values)
-        act, old = values.pop("hidden_activation", None), values.pop("hidden_act", None)
-        if act or old:
-            values["hidden_act"] = act or old
         by_kind = values.get("rope_parameters") or {}
         if "full_attention" in by_kind:
             values["rope_parameters"] = by_kind["full_attention"]
@@ -72,11 +70,6 @@ class Config(Windowed):
                 "type in layer_types"
             )
         return super().from_hf(values, source)
-
-    def to_hf(self) -> dict[str, Any]:
-        """As `LMConfig.to_hf`."""
-        values = super().to_hf()
-        return {**values, "hidden_activation": values.pop("hidden_act")}
 
 
 def block(c: Config, kind: str, rngs: nnx.Rngs) -> Block:

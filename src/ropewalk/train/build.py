@@ -153,7 +153,7 @@ def build(run: Run) -> Built:
     placement = run.layout.place()
     _divides(run, placement)
     start = _start(run)
-    tokenizer = tokenizer_of(run)
+    tokenizer = tokenizer_of(run, start)
     process, processes = _rows_of(placement, run.data.batch_size)
     batches = pipeline.Batches(run.data, tokenizer, process, processes)
     named = _named(run, start, tokenizer)
@@ -184,15 +184,16 @@ def model_of(run: Run) -> models.Named:
     return _named(run, start, None if start or "vocab_size" in run.model else tokenizer_of(run))
 
 
-def tokenizer_of(run: Run) -> Tokenizer | None:
-    """The run's tokenizer: kept from its start, or made as the recipe says; nothing is written."""
+def tokenizer_of(run: Run, start: pretrained.Source | None = None) -> Tokenizer | None:
+    """The run's tokenizer: kept from its start, or made as the recipe says; nothing is written.
+    `start` is the model it begins from, where that is already open."""
     if keeps_tokenizer(run):
         return tokenizers.load(Path(run.directory) / pretrained.TOKENIZER)
     if run.tokenizer.path is not None:
         return tokenizers.load(run.tokenizer.path)
     if run.tokenizer.bpe is not None:
         return bpe.train(pipeline.texts(run.data), run.tokenizer.bpe)
-    start = _start(run)
+    start = start or _start(run)
     return start.tokenizer() if start else None
 
 
