@@ -17,7 +17,7 @@ import numpy as np
 from ropewalk.core import dtypes
 from ropewalk.core.errors import ModelError
 from ropewalk.core.paths import Spec, matches
-from ropewalk.core.weights import Entry, Rule, expand
+from ropewalk.core.weights import Entry, Rule, by_source, expand, joined, source_shape
 
 # Buffers that older checkpoints carry and that follow from the config.
 IGNORED = ("*.rotary_emb.inv_freq",)
@@ -87,7 +87,7 @@ def load_into(
 
 def check(reader: Reader, rules: Iterable[Rule], entries: Iterable[Entry]) -> None:
     """Raises ModelError, first five differences listed, unless the reader has these entries."""
-    wanted = {entry.source: entry.op.source_shape(entry.shape) for entry in entries}
+    wanted = {name: source_shape(each) for name, each in by_source(entries).items()}
     tied = {rule.source: rule.tied for rule in rules if rule.tied and rule.source not in wanted}
     missing = [
         f"{name} {list(shape)}" for name, shape in wanted.items() if name not in reader.shapes
@@ -136,12 +136,12 @@ def export(
     if wrong:
         raise ModelError(f"{len(wrong)} parameters are missing or misshapen: {_first(wrong)}")
 
-    def values(entry: Entry) -> np.ndarray:
-        return entry.op.write(_layer(params[entry.path], entry.index))
+    def values(each: list[Entry]) -> np.ndarray:
+        return joined(each, [_layer(params[entry.path], entry.index) for entry in each])
 
     return [
-        Tensor(entry.source, entry.op.source_shape(entry.shape), functools.partial(values, entry))
-        for entry in entries
+        Tensor(name, source_shape(each), functools.partial(values, each))
+        for name, each in by_source(entries).items()
     ]
 
 
@@ -193,7 +193,7 @@ def _filled(reader: Reader, entries: list[Entry], dtype: np.dtype, window: Windo
         pairs = list(zip(entry.index, window[:depth], strict=True))
         if all(piece.start <= i < piece.stop for i, piece in pairs):
             place = tuple(i - piece.start for i, piece in pairs)
-            part = entry.op.read(reader.read(entry.source), entry.shape)[window[depth:]]
+            part = entry.read(reader.read(entry.source))[window[depth:]]
             cast(part, out[(*place, ...)], entry.source)
     return out
 
@@ -209,9 +209,11 @@ def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
 def _layer(array: Any, index: tuple[int, ...]) -> np.ndarray:
     if isinstance(array, np.ndarray):
         return array[index]
-    for i in index:  # the index is an operand: one compile a shape, not one a layer
-        array = jax.lax.dynamic_index_in_dim(array, i, keepdims=False)
-    return np.asarray(array)
+    # The index is an operand: one compile a shape, not one a layer.
+    inner = array.shape[len(index) :]
+    start = (*index, *(0 for _ in inner))
+    part = jax.lax.dynamic_slice(array, start, (*(1 for _ in index), *inner))
+    return np.asarray(part).reshape(inner)
 
 
 def _equal(reader: Reader, left: str, right: str) -> bool:

@@ -16,6 +16,8 @@ class Spec:
     shape: tuple[int, ...]
     dtype: jax.numpy.dtype
     axes: tuple[str | None, ...]
+    trained: bool = True
+    """false for what no optimizer touches"""
 
 
 def dotted(key_path: Iterable[Any]) -> str:

@@ -11,6 +11,11 @@ from ropewalk.ops.matmul import project, project_rows
 INIT_STD = 0.02
 
 
+class Buffer(nnx.Variable):
+    """A variable that checkpoints hold and no optimizer touches; made like an nnx.Param, with
+    axes."""
+
+
 class Linear(nnx.Module):
     """y = x @ weight (+ bias), from dims `inner` to dims `outer`, e.g. (d,) -> (n, h).
 

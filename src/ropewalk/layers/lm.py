@@ -151,7 +151,8 @@ def table(model: nnx.Module) -> dict[str, Spec]:
     for path, variable in variables:
         value, axes = variable.get_value(), tuple(variable.get_metadata()["axes"])
         stacked = ("layers",) * (len(value.shape) - len(axes))
-        specs[dotted(path)] = Spec(tuple(value.shape), jnp.dtype(value.dtype), stacked + axes)
+        kind_, trained = jnp.dtype(value.dtype), isinstance(variable, nnx.Param)
+        specs[dotted(path)] = Spec(tuple(value.shape), kind_, stacked + axes, trained)
     return specs
 
 
