@@ -95,3 +95,22 @@ def test_yarn_of_factor_one_changes_nothing():
     base = rope.frequencies(64, 1e4)
     found = rope.yarn_frequencies(base, 1e4, 1.0, 32.0, 1.0, 2048, False)
     np.testing.assert_allclose(found, base, rtol=1e-12)
+
+
+def test_interleaved_pairs_are_complex_numbers_times_a_rotation():
+    x = np.random.default_rng(3).standard_normal((2, 5, 3, H)).astype(np.float32)
+    frequencies, positions = rope.frequencies(H, 1e4), np.arange(5)
+    cos, sin = rope.angles(jnp.arange(5)[None], jnp.asarray(frequencies, jnp.float32))
+    wanted = (x[..., 0::2] + 1j * x[..., 1::2]) * np.exp(
+        1j * positions[:, None, None] * frequencies
+    )
+    mine = np.asarray(rope.rotate(jnp.asarray(x), cos, sin, interleaved=True))
+    np.testing.assert_allclose(mine[..., 0::2] + 1j * mine[..., 1::2], wanted, atol=1e-5)
+
+
+def test_features_beyond_the_angles_are_left_alone():
+    x = jnp.asarray(np.random.default_rng(4).standard_normal((1, 4, 2, H + 6)), jnp.float32)
+    angles = rope.angles(jnp.arange(4)[None], jnp.asarray(rope.frequencies(H, 1e4), jnp.float32))
+    mine = rope.rotate(x, *angles)
+    np.testing.assert_array_equal(mine[..., H:], x[..., H:])
+    np.testing.assert_array_equal(mine[..., :H], rope.rotate(x[..., :H], *angles))

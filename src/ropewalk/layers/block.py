@@ -1,6 +1,6 @@
-"""The residual block of a decoder: attention, then a gated MLP, each between norms."""
+"""The residual block of a decoder: something that mixes tokens, then something that works on each,
+between norms."""
 
-import functools
 from typing import Any
 
 import jax
@@ -10,50 +10,56 @@ from ropewalk.layers.attention import Attention, Context, Spec
 from ropewalk.layers.config import LMConfig
 from ropewalk.layers.linear import depth_std
 from ropewalk.layers.mlp import GatedMLP
-from ropewalk.layers.norm import RMSNorm
 
 
 class Block(nnx.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x)), in the sizes of a config.
+    """x + attention(norm(x)), then x + mlp(norm(x)).
 
-    With `post`, each part's output is normed too before it is added. `attention`
-    are the entries of its Spec that the config's sizes do not give.
+    `attention(x, ctx, cache) -> (y, cache)` and `mlp(x, ctx) -> (y, what it reports)` are any parts
+    of this kind. With `post`, each part's output is normed too before it is added; without `pre`,
+    its input is not.
     """
 
     def __init__(
-        self,
-        c: LMConfig,
-        *,
-        post: bool = False,
-        mlp_bias: bool = False,
-        rngs: nnx.Rngs,
-        **attention: Any,
+        self, c: LMConfig, attention: Any, mlp: Any, *, pre: bool = True, post: bool = False
     ):
-        std = depth_std(c.num_hidden_layers)
-        norm = functools.partial(
-            RMSNorm, c.hidden_size, eps=c.rms_norm_eps, around_one=c.around_one
-        )
-        heads = c.num_attention_heads, c.num_key_value_heads, c.head_dim
-        spec = Spec(c.hidden_size, *heads, out_std=std, norm_around_one=c.around_one, **attention)
-        self.attention_norm = norm()
-        self.attention = Attention(spec, rngs=rngs)
-        self.attention_post_norm = norm() if post else None
-        self.mlp_norm = norm()
-        self.mlp = GatedMLP(
-            c.hidden_size,
-            c.intermediate_size,
-            activation=c.hidden_act,
-            bias=mlp_bias,
-            out_std=std,
-            rngs=rngs,
-        )
-        self.mlp_post_norm = norm() if post else None
+        self.attention_norm = c.norm() if pre else None
+        self.attention = attention
+        self.attention_post_norm = c.norm() if post else None
+        self.mlp_norm = c.norm() if pre else None
+        self.mlp = mlp
+        self.mlp_post_norm = c.norm() if post else None
 
     def __call__(
         self, x: jax.Array, ctx: Context, cache: Any = None
     ) -> tuple[jax.Array, Any, dict[str, jax.Array]]:
-        """x [b, t, d] -> ([b, t, d], cache, nothing to report)."""
-        y, cache = self.attention(self.attention_norm(x), ctx, cache)
-        x = x + (y if self.attention_post_norm is None else self.attention_post_norm(y))
-        y = self.mlp(self.mlp_norm(x))
-        return x + (y if self.mlp_post_norm is None else self.mlp_post_norm(y)), cache, {}
+        """x [b, t, d] -> ([b, t, d], cache, what the mlp reports)."""
+        y, cache = self.attention(_normed(self.attention_norm, x), ctx, cache)
+        x = x + _normed(self.attention_post_norm, y)
+        y, report = self.mlp(_normed(self.mlp_norm, x), ctx)
+        return x + _normed(self.mlp_post_norm, y), cache, report
+
+
+def attention(c: Any, rngs: nnx.Rngs, **more: Any) -> Attention:
+    """Attention in the sizes of a config; `more` are the entries of its Spec that the sizes do not
+    give."""
+    heads = c.num_attention_heads, c.num_key_value_heads, c.head_dim
+    std = depth_std(c.num_hidden_layers)
+    spec = Spec(c.hidden_size, *heads, out_std=std, norm_around_one=c.around_one, **more)
+    return Attention(spec, rngs=rngs)
+
+
+def mlp(c: LMConfig, rngs: nnx.Rngs, inner: int | None = None, bias: bool = False) -> GatedMLP:
+    """A gated MLP in the sizes of a config."""
+    return GatedMLP(
+        c.hidden_size,
+        inner or c.intermediate_size,
+        activation=c.hidden_act,
+        bias=bias,
+        out_std=depth_std(c.num_hidden_layers),
+        rngs=rngs,
+    )
+
+
+def _normed(norm: Any, x: jax.Array) -> jax.Array:
+    return x if norm is None else norm(x)

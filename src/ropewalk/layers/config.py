@@ -3,12 +3,11 @@ written to both its spellings."""
 
 from typing import Annotated, Any, ClassVar, Literal, Self, get_args
 
-import numpy as np
 import pydantic
 
 from ropewalk.core.config import Config
 from ropewalk.core.errors import ModelError
-from ropewalk.layers import rope
+from ropewalk.layers import norm, rope
 
 Count = Annotated[int, pydantic.Field(gt=0)]
 # Features of a head; rotary positions turn them in pairs.
@@ -43,30 +42,31 @@ class LMConfig(Config):
     """the name of Hugging Face's class for it"""
     activations: ClassVar[tuple[str, ...]] = ("silu",)
     """what `hidden_act` may be"""
-    act_key: ClassVar[str] = "hidden_act"
-    """what `config.json` calls it"""
+    spelt: ClassVar[dict[str, str]] = {}
+    """what `config.json` calls a field, where it is not its name here"""
+    harmless: ClassVar[frozenset[str]] = frozenset()
+    """keys of the family's own that cannot change what the model computes from its weights"""
     around_one: ClassVar[bool] = False
     """whether norm scales are stored as their distance from one"""
+    gguf_architecture: ClassVar[str] = ""
+    """what GGUF files call the family; empty where nobody has checked what they say"""
 
     vocab_size: Count
     hidden_size: Count
     intermediate_size: Count
     num_hidden_layers: Count
     num_attention_heads: Count
-    num_key_value_heads: Count
-    head_dim: HeadDim
     max_position_embeddings: Count = 2048
     hidden_act: str = "silu"
-    rms_norm_eps: float = pydantic.Field(default=1e-6, gt=0)
-    rope_theta: float = pydantic.Field(default=10_000.0, gt=0)
-    rope_scaling: rope.Scaling = rope.Default()
     tie_word_embeddings: bool = False
 
-    def rotations(self) -> dict[str, tuple[np.ndarray, float]]:
-        """By the name that attention layers ask for: radians per position [h/2], and the factor on
-        cosine and sine."""
-        length = self.max_position_embeddings
-        return {"default": self.rope_scaling.frequencies(self.head_dim, self.rope_theta, length)}
+    def rotations(self) -> dict[str, rope.Rotation]:
+        """By the name that attention layers ask for."""
+        return {}
+
+    def norm(self) -> Any:
+        """A norm over the hidden features."""
+        raise NotImplementedError
 
     def embed_scale(self) -> float | None:
         """A factor on the embedded tokens, rounded to their dtype."""
@@ -75,6 +75,97 @@ class LMConfig(Config):
     def logit_cap(self) -> float | None:
         """A bound c of the logits: c tanh(logits / c)."""
         return None
+
+    @pydantic.model_validator(mode="after")
+    def _known_activation(self) -> Self:
+        if self.hidden_act not in self.activations:
+            raise ValueError(
+                f"hidden_act = {self.hidden_act} is not supported; supported: "
+                f"{', '.join(self.activations)}"
+            )
+        return self
+
+    @classmethod
+    def from_hf(cls, values: dict[str, Any], source: str = "config.json") -> Self:
+        """The config that a parsed `config.json` describes.
+
+        Raises ModelError for an unsupported RoPE type or for keys that could change the mathematics
+        and are not understood.
+        """
+        values = cls._read(dict(values), source)
+        for ours, theirs in cls.spelt.items():
+            said = values.pop(theirs, None)
+            if said is not None:
+                values[ours] = said
+        own = "layer_types" in cls.model_fields
+        kinds = None if own else values.pop("layer_types", None)
+        if kinds is not None and set(kinds) != {"full_attention"}:
+            raise ModelError(
+                f"{source}: layer_types has {sorted(set(kinds))}; this family has full_attention "
+                "layers only"
+            )
+        for key, allowed in _ONLY.items():
+            if key not in cls.model_fields and values.pop(key, None) not in allowed:
+                raise ModelError(
+                    f"{source}: `{key}` is set and not supported; supported: {allowed[0]}"
+                )
+        fields, ignored = cls.model_fields, _HARMLESS | cls.harmless
+        known = {key: value for key, value in values.items() if key in fields}
+        unknown = [key for key in values if key not in fields and key not in ignored]
+        if unknown:
+            raise ModelError(
+                f"{source}: key `{unknown[0]}` = {values[unknown[0]]!r} is not understood and "
+                "could change what the model "
+                f"computes; remove it if it does not"
+            )
+        return cls.parse(known, source)
+
+    @classmethod
+    def _read(cls, values: dict[str, Any], source: str) -> dict[str, Any]:
+        """The values of a `config.json` in one of its spellings."""
+        return values
+
+    @classmethod
+    def from_gguf(cls, values: dict[str, Any], source: str) -> Self:
+        """The config that a GGUF file describes, `values` being its keys in Hugging Face's words;
+        raises as `from_hf`. A family says here what its files leave out."""
+        return cls.from_hf(values, source)
+
+    def to_hf(self) -> dict[str, Any]:
+        """`config.json` in the spelling that every version of `transformers` reads."""
+        values = self.model_dump(mode="json")
+        for ours, theirs in self.spelt.items():
+            values[theirs] = values.pop(ours)
+        return {"architectures": [self.architecture], "model_type": self.family(), **values}
+
+    @classmethod
+    def family(cls) -> str:
+        """The name of the file that holds this family, which is Hugging Face's `model_type`."""
+        return cls.__module__.rpartition(".")[2]
+
+
+class Rotary(LMConfig):
+    """A config of what most families are since: RMS norms, rotary positions, heads of keys that
+    several heads of queries share."""
+
+    num_key_value_heads: Count
+    head_dim: HeadDim
+    rms_norm_eps: float = pydantic.Field(default=1e-6, gt=0)
+    rope_theta: float = pydantic.Field(default=10_000.0, gt=0)
+    rope_scaling: rope.Scaling = rope.Default()
+
+    def rotations(self) -> dict[str, rope.Rotation]:
+        """By the name that attention layers ask for."""
+        return {"default": self.rotation(self.rope_scaling)}
+
+    def rotation(self, scaling: Any, theta: float | None = None) -> rope.Rotation:
+        """That of a head."""
+        length = self.max_position_embeddings
+        return scaling.rotation(self.head_dim, theta or self.rope_theta, length)
+
+    def norm(self) -> norm.RMSNorm:
+        """A norm over the hidden features."""
+        return norm.RMSNorm(self.hidden_size, eps=self.rms_norm_eps, around_one=self.around_one)
 
     @pydantic.model_validator(mode="before")
     @classmethod
@@ -103,67 +194,29 @@ class LMConfig(Config):
                 f"num_attention_heads = {self.num_attention_heads} is not a multiple of "
                 f"num_key_value_heads = {self.num_key_value_heads}"
             )
-        if self.hidden_act not in self.activations:
-            raise ValueError(
-                f"hidden_act = {self.hidden_act} is not supported; supported: "
-                f"{', '.join(self.activations)}"
-            )
+        self.rotations()  # raises ValueError where the values of one do not fit the head
         return self
 
     @classmethod
-    def from_hf(cls, values: dict[str, Any], source: str = "config.json") -> Self:
-        """The config that a parsed `config.json` describes.
-
-        Raises ModelError for an unsupported RoPE type or for keys that could change the mathematics
-        and are not understood.
-        """
-        values = _plain_rope(dict(values), source)
-        act = values.pop(cls.act_key, None)
-        if act is not None:
-            values["hidden_act"] = act
-        own = "layer_types" in cls.model_fields
-        kinds = None if own else values.pop("layer_types", None)
-        if kinds is not None and set(kinds) != {"full_attention"}:
-            raise ModelError(
-                f"{source}: layer_types has {sorted(set(kinds))}; this family has full_attention "
-                "layers only"
-            )
-        for key, allowed in _ONLY.items():
-            if values.pop(key, None) not in allowed:
-                raise ModelError(
-                    f"{source}: `{key}` is set and not supported; supported: {allowed[0]}"
-                )
-        known = {key: value for key, value in values.items() if key in cls.model_fields}
-        unknown = [key for key in values if key not in cls.model_fields and key not in _HARMLESS]
-        if unknown:
-            raise ModelError(
-                f"{source}: key `{unknown[0]}` = {values[unknown[0]]!r} is not understood and "
-                "could change what the model "
-                f"computes; remove it if it does not"
-            )
-        return cls.parse(known, source)
+    def _read(cls, values: dict[str, Any], source: str) -> dict[str, Any]:
+        """RoPE's newer spelling folded into the older one."""
+        return _plain_rope(values, source)
 
     def to_hf(self) -> dict[str, Any]:
-        """`config.json` in the spelling that every version of `transformers` reads."""
-        values = self.model_dump(mode="json")
-        values[self.act_key] = values.pop("hidden_act")
-        scaling = values.pop("rope_scaling")
-        values["rope_scaling"] = None if scaling["rope_type"] == "default" else scaling
-        return {"architectures": [self.architecture], "model_type": self.family(), **values}
-
-    @classmethod
-    def family(cls) -> str:
-        """The name of the file that holds this family, which is Hugging Face's `model_type`."""
-        return cls.__module__.rpartition(".")[2]
+        """As `LMConfig.to_hf`."""
+        values = super().to_hf()
+        if values["rope_scaling"]["rope_type"] == "default":
+            values["rope_scaling"] = None
+        return values
 
 
-class Windowed(LMConfig):
+class Windowed(Rotary):
     """A config of layers of which some see a window of the last keys: every `full_every`-th sees
     all of them, unless `layer_types` says otherwise."""
 
-    full_every: ClassVar[int]
+    full_every: ClassVar[int] = 1
 
-    sliding_window: Count
+    sliding_window: Count | None = None
     layer_types: tuple[Literal["sliding_attention", "full_attention"], ...] | None = None
     """one a layer"""
 
@@ -183,6 +236,8 @@ class Windowed(LMConfig):
                 f"layer_types has {len(self.layer_types)} entries and num_hidden_layers is "
                 f"{self.num_hidden_layers}; there is one a layer"
             )
+        if self.sliding_window is None and "sliding_attention" in self.kinds():
+            raise ValueError("layers have a window and sliding_window is not set; set it")
         return self
 
     def kinds(self) -> tuple[str, ...]:
@@ -200,8 +255,32 @@ class Windowed(LMConfig):
         return self.sliding_window if kind == "sliding_attention" else None
 
     def to_hf(self) -> dict[str, Any]:
-        """As `LMConfig.to_hf`, with every layer's type."""
+        """As `Rotary.to_hf`, with every layer's type."""
         return {**super().to_hf(), "layer_types": list(self.kinds())}
+
+
+class LateWindows(Windowed):
+    """A config whose layers see all keys, or with `use_sliding_window` a window from layer
+    `max_window_layers` on, as Hugging Face's files say it."""
+
+    @classmethod
+    def _read(cls, values: dict[str, Any], source: str) -> dict[str, Any]:
+        values = super()._read(values, source)
+        used, full = values.pop("use_sliding_window", None), values.pop("max_window_layers", None)
+        if not used:
+            values = {**values, "sliding_window": None}
+        layers = _count(values, "num_hidden_layers")
+        if used and layers and values.get("sliding_window") and not values.get("layer_types"):
+            first = min(layers, layers if full is None else full)
+            late = ["sliding_attention"] * (layers - first)
+            values["layer_types"] = ["full_attention"] * first + late
+        return values
+
+    def to_hf(self) -> dict[str, Any]:
+        """As `Windowed.to_hf`, in the older spelling too."""
+        first = (*self.kinds(), "sliding_attention").index("sliding_attention")
+        used = {"use_sliding_window": self.sliding_window is not None, "max_window_layers": first}
+        return {**super().to_hf(), **used}
 
 
 def _count(values: dict[str, Any], key: str) -> int | None:

@@ -10,16 +10,13 @@ import jax.numpy as jnp
 from flax import nnx
 
 from ropewalk.core.paths import Spec, dotted
-from ropewalk.layers.attention import Context
-from ropewalk.layers.cache import Dense
+from ropewalk.layers.attention import Context, Turn
 from ropewalk.layers.config import LMConfig
 from ropewalk.layers.embedding import Embedding
 from ropewalk.layers.linear import Linear
-from ropewalk.layers.norm import RMSNorm
-from ropewalk.layers.stack import Stack, Unit, depth
-from ropewalk.ops import rope
+from ropewalk.layers.stack import Stack, Unit
 from ropewalk.ops.matmul import project, project_rows
-from ropewalk.parallel.axes import kind, shard
+from ropewalk.parallel.axes import Kind, kind, shard
 
 
 class LM(nnx.Module):
@@ -28,17 +25,12 @@ class LM(nnx.Module):
 
     def __init__(self, config: LMConfig, plan: Sequence[tuple[Unit, int]], *, rngs: nnx.Rngs):
         self.config = config
-        self.rotations = tuple(
-            (name, tuple(frequencies.tolist()), scale)
-            for name, (frequencies, scale) in config.rotations().items()
-        )
+        self.rotations = tuple(config.rotations().items())
         self.embed_scale = config.embed_scale()
         self.logit_cap = config.logit_cap()
         self.embed = Embedding(config.vocab_size, config.hidden_size, rngs=rngs)
         self.layers = Stack(plan, rngs=rngs)
-        self.final_norm = RMSNorm(
-            config.hidden_size, eps=config.rms_norm_eps, around_one=config.around_one
-        )
+        self.final_norm = config.norm()
         tied = config.tie_word_embeddings
         self.head = (
             None
@@ -63,23 +55,23 @@ class LM(nnx.Module):
             positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
         if segment_ids is None:
             segment_ids = jnp.ones_like(tokens)
-        x = shard(self.embedded(tokens), "batch", "time", "hidden")
+        x = shard(self.embedded(tokens, positions), "batch", "time", "hidden")
         x, cache, aux = self.layers(x, self.context(positions, segment_ids), cache)
         return self.final_norm(x), cache, aux
 
-    def embedded(self, tokens: jax.Array) -> jax.Array:
-        """What enters the first layer, [b, t, d], of tokens int32 [b, t]."""
+    def embedded(self, tokens: jax.Array, positions: jax.Array) -> jax.Array:
+        """What enters the first layer, [b, t, d], of tokens at positions int32 [b, t]."""
         x = self.embed(tokens)
         scale = self.embed_scale
         return x if scale is None else x * jnp.asarray(scale, x.dtype)
 
     def context(self, positions: jax.Array, segment_ids: jax.Array) -> Context:
         """What all layers share at these positions and segments, int32 [b, t]."""
-        rotations = {
-            name: rope.angles(positions, frequencies, scale)
-            for name, frequencies, scale in self.rotations
+        turns = {
+            name: Turn(*rotation.angles(positions), rotation.interleaved)
+            for name, rotation in self.rotations
         }
-        return Context(positions, segment_ids, rotations)
+        return Context(positions, segment_ids, turns)
 
     def unembed(self, x: jax.Array) -> jax.Array:
         """Logits float32 [..., v] of hidden states [..., d]."""
@@ -111,26 +103,34 @@ class LM(nnx.Module):
         x, cache, aux = self.hidden(tokens, positions, segment_ids, cache)
         return self.unembed(x), cache, aux
 
-    def init_cache(self, batch: int, length: int, dtype: Any) -> list[Dense]:
+    def init_cache(self, batch: int, length: int, dtype: Any) -> list[Any]:
         """One empty cache a layer, with room for `length` tokens of each of `batch` sequences."""
-        heads, dim = self.config.num_key_value_heads, self.config.head_dim
-        return [Dense.empty(batch, length, heads, dim, dtype) for _ in range(depth(self.layers))]
+        return [block.attention.init_cache(batch, length, dtype) for block in self.layers.blocks()]
 
     def flops(self, tokens: int, length: int) -> float:
         """Floating-point operations of one forward pass over `tokens` tokens in causal sequences of
         `length`.
 
-        Two for every weight of a product and token, and half of the full score and value products
-        of attention.
+        Two for every weight of a product and token, and what attention does beside: of its scores
+        and values, those that a token sees.
         """
-        matrices = sum(
-            math.prod(spec.shape) for spec in table(self).values() if kind(spec) == "matrix"
-        )
-        matrices += self.config.vocab_size * self.config.hidden_size
-        attention = (
-            depth(self.layers) * 2 * length * self.config.num_attention_heads * self.config.head_dim
-        )
-        return float(tokens) * (2 * matrices + attention)
+        matrices = self.active(only="matrix") + self.config.vocab_size * self.config.hidden_size
+        mixing = sum(block.attention.mixing_flops(length) for block in self.layers.blocks())
+        return float(tokens) * (2 * matrices + mixing)
+
+    def active(self, only: Kind | None = None) -> float:
+        """How many parameters (of one kind) work on a token: of experts, those that it is sent
+        to."""
+        shares = {
+            f"{'.'.join(map(str, path))}.": float(getattr(module, "active_share", 1.0))
+            for path, module in nnx.iter_modules(self)
+        }
+        total = 0.0
+        for path, spec in table(self).items():
+            if only in (None, kind(spec)):
+                share = min(s for at, s in shares.items() if path.startswith(at) or at == ".")
+                total += share * math.prod(spec.shape)
+        return total
 
 
 def parameters(model: nnx.Module) -> dict[str, Any]:

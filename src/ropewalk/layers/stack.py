@@ -6,7 +6,7 @@ checkpoint nor the mathematics.
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -67,6 +67,12 @@ class Stack(nnx.Module):
                 return _repeat(segment[index % len(segment)], index // len(segment))
             index -= layers
         raise IndexError(index)
+
+    def blocks(self) -> Iterator[Any]:
+        """The block of every layer in order, its weights still stacked."""
+        for segment in self.segments:
+            for _ in range(repeats(segment)):
+                yield from segment
 
     def _scan(self, segment, x, ctx):
         def body(x, blocks, ctx):

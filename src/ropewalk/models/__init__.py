@@ -51,6 +51,19 @@ def from_hf(values: dict[str, Any], source: str) -> Named:
     return Named(module, module.Config.from_hf(values, source))
 
 
+def from_gguf(architecture: str, source: str) -> Any:
+    """The module of the family that GGUF files call `architecture`. Raises ModelError where nobody
+    has checked what its files say."""
+    modules = {module.Config.gguf_architecture: module for module in map(family, families())}
+    modules.pop("", None)
+    if architecture not in modules:
+        raise ModelError(
+            f"{source}: GGUF files of `{architecture}` models are not supported; supported: "
+            f"{', '.join(sorted(modules))}; use its Hugging Face directory"
+        )
+    return modules[architecture]
+
+
 def from_recipe(values: dict[str, Any]) -> Named:
     """Family and config of a recipe's `model`: `{preset: NAME, ...changes}` or `{family: NAME,
     ...its config}`.

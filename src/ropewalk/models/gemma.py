@@ -6,16 +6,17 @@ from typing import Any, ClassVar
 
 from flax import nnx
 
-from ropewalk.layers.block import Block
-from ropewalk.layers.config import Count, HeadDim, LMConfig
+from ropewalk.layers.block import Block, attention, mlp
+from ropewalk.layers.config import Count, HeadDim, Rotary
 from ropewalk.layers.lm import LM
 from ropewalk.layers.names import decoder_rules
 
 
-class Config(LMConfig):
+class Config(Rotary):
     """Hugging Face's names."""
 
     architecture: ClassVar[str] = "GemmaForCausalLM"
+    gguf_architecture: ClassVar[str] = "gemma"
     activations: ClassVar[tuple[str, ...]] = ("gelu_pytorch_tanh", "gelu")
     around_one: ClassVar[bool] = True
 
@@ -32,8 +33,8 @@ class Config(LMConfig):
 
 def block(c: Config, rngs: nnx.Rngs) -> Block:
     """One layer."""
-    bias = c.attention_bias
-    return Block(c, bias=bias, out_bias=bias, rngs=rngs)
+    biases = {"bias": c.attention_bias, "out_bias": c.attention_bias}
+    return Block(c, attention(c, rngs, **biases), mlp(c, rngs))
 
 
 class Model(LM):
@@ -64,4 +65,4 @@ PRESETS: dict[str, Config] = {
     ),
 }
 
-WEIGHTS = decoder_rules(gguf_pairs="unknown")
+WEIGHTS = decoder_rules(gguf_norms="plus_one")

@@ -2,12 +2,12 @@
 layers that see a window by turns with layers that see all. arXiv:2408.00118"""
 
 import math
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import pydantic
 from flax import nnx
 
-from ropewalk.layers.block import Block
+from ropewalk.layers.block import Block, attention, mlp
 from ropewalk.layers.config import Count, HeadDim, Windowed
 from ropewalk.layers.lm import LM
 from ropewalk.layers.names import ALL_NORMS, decoder_rules
@@ -18,8 +18,9 @@ class Config(Windowed):
     """Hugging Face's names."""
 
     architecture: ClassVar[str] = "Gemma2ForCausalLM"
+    gguf_architecture: ClassVar[str] = "gemma2"
     activations: ClassVar[tuple[str, ...]] = ("gelu_pytorch_tanh", "gelu")
-    act_key: ClassVar[str] = "hidden_activation"
+    spelt: ClassVar[dict[str, str]] = {"hidden_act": "hidden_activation"}
     around_one: ClassVar[bool] = True
     full_every: ClassVar[int] = 2
 
@@ -28,7 +29,7 @@ class Config(Windowed):
     max_position_embeddings: Count = 8192
     tie_word_embeddings: bool = True
     attention_bias: bool = False
-    sliding_window: Count = 4096
+    sliding_window: Count | None = 4096
     query_pre_attn_scalar: float = pydantic.Field(default=256, gt=0)
     """scores are divided by its root"""
     attn_logit_softcapping: float | None = pydantic.Field(default=50.0, gt=0)
@@ -42,19 +43,27 @@ class Config(Windowed):
         """Bound of the logits."""
         return self.final_logit_softcapping
 
+    @classmethod
+    def from_gguf(cls, values: dict[str, Any], source: str) -> Self:
+        """As `LMConfig.from_gguf`. Files leave `query_pre_attn_scalar` out: it is the size of a
+        head, but in the 27B model, known by its layers, a head's share of the hidden features."""
+        share = values["hidden_size"] // values["num_attention_heads"]
+        scalar = share if values["num_hidden_layers"] == 46 else values["head_dim"]
+        return cls.from_hf({**values, "query_pre_attn_scalar": scalar}, source)
+
 
 def block(c: Config, kind: str, rngs: nnx.Rngs) -> Block:
     """One layer of a kind."""
-    return Block(
+    mixer = attention(
         c,
-        post=True,
+        rngs,
         bias=c.attention_bias,
         out_bias=c.attention_bias,
         scale=c.query_pre_attn_scalar**-0.5,
         soft_cap=c.attn_logit_softcapping,
         window=c.window(kind),
-        rngs=rngs,
     )
+    return Block(c, mixer, mlp(c, rngs), post=True)
 
 
 class Model(LM):
@@ -82,4 +91,4 @@ PRESETS: dict[str, Config] = {
     "gemma2-27b": _sizes(4608, 36864, 46, 32, 16, head_dim=128, query_pre_attn_scalar=144),
 }
 
-WEIGHTS = decoder_rules(gguf_pairs="unknown", norms=ALL_NORMS)
+WEIGHTS = decoder_rules(gguf_norms="plus_one", norms=ALL_NORMS)

@@ -4,25 +4,25 @@ five layers with a window and a RoPE base of their own to one that sees all. arX
 import math
 from typing import Any, ClassVar, Self
 
-import numpy as np
 import pydantic
 from flax import nnx
 
 from ropewalk.core.errors import ModelError
-from ropewalk.layers.block import Block
+from ropewalk.layers import rope
+from ropewalk.layers.block import Block, attention, mlp
 from ropewalk.layers.config import Count, HeadDim, Windowed
 from ropewalk.layers.lm import LM
 from ropewalk.layers.names import ALL_NORMS, decoder_rules
 from ropewalk.layers.stack import pattern
-from ropewalk.ops import rope
 
 
 class Config(Windowed):
     """Hugging Face's names."""
 
     architecture: ClassVar[str] = "Gemma3ForCausalLM"
+    gguf_architecture: ClassVar[str] = "gemma3"
     activations: ClassVar[tuple[str, ...]] = ("gelu_pytorch_tanh", "gelu")
-    act_key: ClassVar[str] = "hidden_activation"
+    spelt: ClassVar[dict[str, str]] = {"hidden_act": "hidden_activation"}
     around_one: ClassVar[bool] = True
     full_every: ClassVar[int] = 6
 
@@ -35,7 +35,7 @@ class Config(Windowed):
     """of layers with a window"""
     tie_word_embeddings: bool = True
     attention_bias: bool = False
-    sliding_window: Count = 4096
+    sliding_window: Count | None = 4096
     query_pre_attn_scalar: float = pydantic.Field(default=256, gt=0)
     """scores are divided by its root"""
     attn_logit_softcapping: float | None = pydantic.Field(default=None, gt=0)
@@ -45,10 +45,10 @@ class Config(Windowed):
         """The root of the hidden size."""
         return math.sqrt(self.hidden_size)
 
-    def rotations(self) -> dict[str, tuple[np.ndarray, float]]:
+    def rotations(self) -> dict[str, rope.Rotation]:
         """One for each kind of layer."""
-        local = rope.frequencies(self.head_dim, self.rope_local_base_freq), 1.0
-        return {"full_attention": super().rotations()["default"], "sliding_attention": local}
+        local = self.rotation(rope.Default(), self.rope_local_base_freq)
+        return {"full_attention": self.rotation(self.rope_scaling), "sliding_attention": local}
 
     def logit_cap(self) -> float | None:
         """Bound of the logits."""
@@ -71,12 +71,25 @@ class Config(Windowed):
             )
         return super().from_hf(values, source)
 
+    @classmethod
+    def from_gguf(cls, values: dict[str, Any], source: str) -> Self:
+        """As `LMConfig.from_gguf`. Without a window all layers see all. Files leave
+        `query_pre_attn_scalar` out: it is the size of a head, but in the 27B model, known by its
+        layers, a head's share of the hidden features."""
+        layers, share = values["num_hidden_layers"], values["hidden_size"]
+        share //= values["num_attention_heads"]
+        scalar = share if layers == 62 else values["head_dim"]
+        values = {**values, "query_pre_attn_scalar": scalar}
+        if "sliding_window" not in values:
+            values["layer_types"] = ["full_attention"] * layers
+        return cls.from_hf(values, source)
+
 
 def block(c: Config, kind: str, rngs: nnx.Rngs) -> Block:
     """One layer of a kind."""
-    return Block(
+    mixer = attention(
         c,
-        post=True,
+        rngs,
         bias=c.attention_bias,
         out_bias=c.attention_bias,
         scale=c.query_pre_attn_scalar**-0.5,
@@ -84,8 +97,8 @@ def block(c: Config, kind: str, rngs: nnx.Rngs) -> Block:
         window=c.window(kind),
         rope=kind,
         norm_eps=c.rms_norm_eps,
-        rngs=rngs,
     )
+    return Block(c, mixer, mlp(c, rngs), post=True)
 
 
 class Model(LM):
@@ -121,4 +134,4 @@ PRESETS: dict[str, Config] = {
     ),
 }
 
-WEIGHTS = decoder_rules(gguf_pairs="unknown", norms=ALL_NORMS)
+WEIGHTS = decoder_rules(gguf_norms="plus_one", norms=ALL_NORMS)

@@ -10,16 +10,17 @@ from typing import Any, ClassVar
 
 from flax import nnx
 
-from ropewalk.layers.block import Block
-from ropewalk.layers.config import LMConfig
+from ropewalk.layers.block import Block, attention, mlp
+from ropewalk.layers.config import Rotary
 from ropewalk.layers.lm import LM
 from ropewalk.layers.names import decoder_rules
 
 
-class Config(LMConfig):
+class Config(Rotary):
     """Hugging Face's names."""
 
     architecture: ClassVar[str] = "LlamaForCausalLM"
+    gguf_architecture: ClassVar[str] = "llama"
 
     attention_bias: bool = False
     mlp_bias: bool = False
@@ -27,9 +28,8 @@ class Config(LMConfig):
 
 def block(c: Config, rngs: nnx.Rngs) -> Block:
     """One layer."""
-    return Block(
-        c, bias=c.attention_bias, out_bias=c.attention_bias, mlp_bias=c.mlp_bias, rngs=rngs
-    )
+    biases = {"bias": c.attention_bias, "out_bias": c.attention_bias}
+    return Block(c, attention(c, rngs, **biases), mlp(c, rngs, bias=c.mlp_bias))
 
 
 class Model(LM):

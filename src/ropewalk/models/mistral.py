@@ -5,13 +5,13 @@ from typing import Any, ClassVar
 
 from flax import nnx
 
-from ropewalk.layers.block import Block
-from ropewalk.layers.config import Count, LMConfig
+from ropewalk.layers.block import Block, attention, mlp
+from ropewalk.layers.config import Count, Rotary
 from ropewalk.layers.lm import LM
 from ropewalk.layers.names import decoder_rules
 
 
-class Config(LMConfig):
+class Config(Rotary):
     """Hugging Face's names."""
 
     architecture: ClassVar[str] = "MistralForCausalLM"
@@ -23,7 +23,7 @@ class Config(LMConfig):
 
 def block(c: Config, rngs: nnx.Rngs) -> Block:
     """One layer."""
-    return Block(c, window=c.sliding_window, rngs=rngs)
+    return Block(c, attention(c, rngs, window=c.sliding_window), mlp(c, rngs))
 
 
 class Model(LM):
@@ -56,4 +56,4 @@ PRESETS: dict[str, Config] = {
     ),
 }
 
-WEIGHTS = decoder_rules(gguf_pairs="rope_pairs")
+WEIGHTS = decoder_rules()

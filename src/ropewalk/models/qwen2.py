@@ -5,30 +5,32 @@ from typing import ClassVar
 
 from flax import nnx
 
-from ropewalk.layers.block import Block
-from ropewalk.layers.config import Count, LMConfig
+from ropewalk.layers.block import Block, attention, mlp
+from ropewalk.layers.config import Count, LateWindows
 from ropewalk.layers.lm import LM
 from ropewalk.layers.names import decoder_rules
+from ropewalk.layers.stack import pattern
 
 
-class Config(LMConfig):
+class Config(LateWindows):
     """Hugging Face's names."""
 
     architecture: ClassVar[str] = "Qwen2ForCausalLM"
+    gguf_architecture: ClassVar[str] = "qwen2"
 
     max_position_embeddings: Count = 32768
 
 
-def block(c: Config, rngs: nnx.Rngs) -> Block:
-    """One layer."""
-    return Block(c, bias=True, rngs=rngs)
+def block(c: Config, kind: str, rngs: nnx.Rngs) -> Block:
+    """One layer of a kind."""
+    return Block(c, attention(c, rngs, bias=True, window=c.window(kind)), mlp(c, rngs))
 
 
 class Model(LM):
-    """A stack of one segment."""
+    """Layers as their kinds say."""
 
     def __init__(self, c: Config, *, rngs: nnx.Rngs):
-        super().__init__(c, [([lambda r: block(c, r)], c.num_hidden_layers)], rngs=rngs)
+        super().__init__(c, pattern(c.kinds(), lambda kind, r: block(c, kind, r)), rngs=rngs)
 
 
 def _sizes(

@@ -6,16 +6,18 @@ from typing import ClassVar
 import pydantic
 from flax import nnx
 
-from ropewalk.layers.block import Block
-from ropewalk.layers.config import HeadDim, LMConfig
+from ropewalk.layers.block import Block, attention, mlp
+from ropewalk.layers.config import HeadDim, LateWindows
 from ropewalk.layers.lm import LM
 from ropewalk.layers.names import decoder_rules
+from ropewalk.layers.stack import pattern
 
 
-class Config(LMConfig):
+class Config(LateWindows):
     """Hugging Face's names; a head has 128 features whatever the hidden size."""
 
     architecture: ClassVar[str] = "Qwen3ForCausalLM"
+    gguf_architecture: ClassVar[str] = "qwen3"
 
     head_dim: HeadDim = 128
     max_position_embeddings: pydantic.PositiveInt = 40960
@@ -23,18 +25,24 @@ class Config(LMConfig):
     attention_bias: bool = False
 
 
-def block(c: Config, rngs: nnx.Rngs) -> Block:
-    """One layer."""
-    return Block(
-        c, bias=c.attention_bias, out_bias=c.attention_bias, norm_eps=c.rms_norm_eps, rngs=rngs
+def block(c: Config, kind: str, rngs: nnx.Rngs) -> Block:
+    """One layer of a kind."""
+    mixer = attention(
+        c,
+        rngs,
+        bias=c.attention_bias,
+        out_bias=c.attention_bias,
+        norm_eps=c.rms_norm_eps,
+        window=c.window(kind),
     )
+    return Block(c, mixer, mlp(c, rngs))
 
 
 class Model(LM):
-    """A stack of one segment."""
+    """Layers as their kinds say."""
 
     def __init__(self, c: Config, *, rngs: nnx.Rngs):
-        super().__init__(c, [([lambda r: block(c, r)], c.num_hidden_layers)], rngs=rngs)
+        super().__init__(c, pattern(c.kinds(), lambda kind, r: block(c, kind, r)), rngs=rngs)
 
 
 def _sizes(hidden: int, inner: int, layers: int, heads: int, tied: bool) -> Config:

@@ -22,15 +22,19 @@ def reference(
     seen: jax.Array,
     scale: float,
     soft_cap: float | None = None,
+    sinks: jax.Array | None = None,
 ) -> jax.Array:
     """softmax(cap(q k^T * scale)) v, the softmax in float32; queries share keys in groups of n / k.
 
-    q [b,t,n,h], k and v [b,s,k,h], seen bool [b,t,s] -> [b,t,n,h]. `soft_cap` c bounds the scores:
-    cap(s) = c tanh(s / c), arXiv:2408.00118 section 2. A query that sees nothing gets a finite
-    value.
+    q [b,t,n,h], k [b,s,k,h], v [b,s,k,g], seen bool [b,t,s] -> [b,t,n,g]. `soft_cap` c bounds the
+    scores: cap(s) = c tanh(s / c), arXiv:2408.00118 section 2. `sinks` [n] are scores of a key with
+    no value that every query sees, arXiv:2309.17453. A query that sees nothing gets a finite value.
     """
+    if sinks is not None:
+        groups = sinks.astype(jnp.float32).reshape(k.shape[2], -1, 1)
+        sinks = jnp.broadcast_to(groups, (*groups.shape[:2], q.shape[1])).reshape(k.shape[2], -1, 1)
     q, k, v = _by_head(q, k.shape[2]), jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2)
-    return _by_token(_one(q, k, v, seen[:, None], scale, soft_cap)[0], seen.shape[1])
+    return _by_token(_one(q, k, v, seen[:, None], scale, soft_cap, sinks)[0], seen.shape[1])
 
 
 def library(
@@ -40,11 +44,12 @@ def library(
     seen: jax.Array,
     scale: float,
     soft_cap: float | None = None,
+    sinks: jax.Array | None = None,
 ) -> jax.Array:
     """`jax.nn.dot_product_attention`, which takes cuDNN's kernel where it can; as `reference`,
-    which takes over where scores are capped."""
-    if soft_cap is not None:
-        return reference(q, k, v, seen, scale, soft_cap)
+    which takes over where scores are capped, have sinks, or values another size than keys."""
+    if soft_cap is not None or sinks is not None or k.shape != v.shape:
+        return reference(q, k, v, seen, scale, soft_cap, sinks)
     return jax.nn.dot_product_attention(q, k, v, mask=seen[:, None], scale=scale)
 
 
@@ -55,14 +60,16 @@ def sequential(
     seen: jax.Array,
     scale: float,
     soft_cap: float | None = None,
+    sinks: jax.Array | None = None,
 ) -> jax.Array:
     """One sequence after the other, so that its scores stay in a CPU's cache; as `reference`.
 
     The backward pass makes the probabilities again from the log-normaliser, as arXiv:2205.14135
-    does, and keeps nothing of size t x s. `reference` takes over where scores are capped.
+    does, and keeps nothing of size t x s. `reference` takes over where scores are capped or have
+    sinks.
     """
-    if q.shape[0] == 1 or q.shape[1] == 1 or soft_cap is not None:
-        return reference(q, k, v, seen, scale, soft_cap)
+    if q.shape[0] == 1 or q.shape[1] == 1 or soft_cap is not None or sinks is not None:
+        return reference(q, k, v, seen, scale, soft_cap, sinks)
     q, k, v = _by_head(q, k.shape[2]), jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2)
     return _by_token(_sequential(scale, q, k, v, seen), seen.shape[1])
 
@@ -108,12 +115,14 @@ def _scores(
     return jnp.where(seen[..., None, :, :], grouped, _MASKED).reshape(scores.shape)
 
 
-def _one(q, k, v, seen, scale, soft_cap=None) -> tuple[jax.Array, jax.Array]:
+def _one(q, k, v, seen, scale, soft_cap=None, sinks=None) -> tuple[jax.Array, jax.Array]:
     """Attention of grouped rows, and the logarithm of each row's normaliser."""
     scores = _scores(q, k, seen, scale, soft_cap)
-    top = jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True))
+    top = jnp.max(scores, axis=-1, keepdims=True)
+    top = jax.lax.stop_gradient(top if sinks is None else jnp.maximum(top, sinks))
     weights = jnp.exp(scores - top)
     total = jnp.sum(weights, axis=-1, keepdims=True)
+    total = total if sinks is None else total + jnp.exp(sinks - top)
     y = _product(weights.astype(v.dtype), v) / total
     return y.astype(v.dtype), top + jnp.log(total)
 

@@ -1,12 +1,10 @@
-"""Rotary position embedding (arXiv:2104.09864), in the half-split pairing of Hugging Face
-checkpoints."""
+"""Rotary position embedding (arXiv:2104.09864)."""
 
 import math
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import numpy.typing as npt
 
 
 def frequencies(head_dim: int, theta: float) -> np.ndarray:
@@ -53,18 +51,31 @@ def yarn_frequencies(
 
 
 def angles(
-    positions: jax.Array, inverse_frequencies: npt.ArrayLike, scale: float = 1.0
+    positions: jax.Array, frequencies: jax.Array, scale: float = 1.0
 ) -> tuple[jax.Array, jax.Array]:
-    """Cosines and sines of every position, each [b, t, h/2] float32, multiplied by `scale`."""
-    angle = positions.astype(jnp.float32)[..., None] * jnp.asarray(inverse_frequencies, jnp.float32)
+    """Cosines and sines of every position, each [b, t, h/2] float32, multiplied by `scale`;
+    frequencies in radians per position, [h/2] or [b, 1, h/2]."""
+    angle = positions.astype(jnp.float32)[..., None] * frequencies
     return jnp.cos(angle) * scale, jnp.sin(angle) * scale
 
 
-def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """Turns each pair (i, i + h/2) of x [b, t, n, h] by its angle; cos and sin [b, t, h/2].
-    Computed in float32."""
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array, interleaved: bool = False) -> jax.Array:
+    """Turns pairs of features of x [b, t, n, h] by their angles, cos and sin [b, t, r/2]; features
+    from r on stay as they are. Computed in float32.
+
+    A pair is (i, i + r/2), or (2i, 2i + 1) where `interleaved`.
+    """
+    turned = 2 * cos.shape[-1]
+    part, rest = x[..., :turned].astype(jnp.float32), x[..., turned:]
     cos, sin = cos[:, :, None, :], sin[:, :, None, :]
-    return jnp.concatenate(
-        [first * cos - second * sin, second * cos + first * sin], axis=-1
-    ).astype(x.dtype)
+    if interleaved:
+        first, second = part[..., 0::2], part[..., 1::2]
+    else:
+        first, second = jnp.split(part, 2, axis=-1)
+    pair = first * cos - second * sin, second * cos + first * sin
+    if interleaved:
+        part = jnp.stack(pair, axis=-1).reshape(part.shape)
+    else:
+        part = jnp.concatenate(pair, axis=-1)
+    part = part.astype(x.dtype)
+    return jnp.concatenate([part, rest], axis=-1) if rest.shape[-1] else part

@@ -26,6 +26,8 @@ PARAMETER_AXES = {
     "heads": "query heads",
     "kv_heads": "key and value heads",
     "head_dim": "features of one head",
+    "latent": "compressed features between two products",
+    "positions": "learned positions",
 }
 # What each dimension of an activation may be called, beside the feature names above.
 ACTIVATION_AXES = {
@@ -56,10 +58,10 @@ _placement: contextvars.ContextVar[Placement | None] = contextvars.ContextVar(
 
 
 def kind(spec: Spec) -> Kind:
-    """What a parameter is to an optimizer: a table over the vocabulary, a product's matrix, or a
-    scale or bias."""
+    """What a parameter is to an optimizer: a table over the vocabulary or positions, a product's
+    matrix, or a scale or bias."""
     axes = set(spec.axes) - {"layers"}
-    if "vocab" in axes:
+    if axes & {"vocab", "positions"}:
         return "embedding"
     return "matrix" if "embed" in axes and len(axes) > 1 else "vector"
 

@@ -20,7 +20,7 @@ def first_bad(structure: Any, loss: Loss, params: dict[str, jax.Array], batch: B
         return f"the weight `{bad[0]}` is not finite"
     model = with_parameters(structure, params)
     ctx = model.context(batch["positions"], batch["segment_ids"])
-    x = model.embedded(batch["tokens"])
+    x = model.embedded(batch["tokens"], batch["positions"])
     for index in range(depth(model.layers)):
         x, _, _ = model.layers.layer(index)(x, ctx)
         if not _finite(x):
