@@ -83,7 +83,7 @@ def compare(model: str | Path, against: str | Path) -> Comparison:
         tensors={path: value for path, value in differences.items() if value != 0},
         compared=len(both),
         logits=float("nan") if missing or config else _logit_difference(ours, theirs),
-        positions=min(_POSITIONS, ours.config.max_position_embeddings),
+        positions=min(_POSITIONS, ours.config.longest()),
         tokenizer=_tokenizers(ours, theirs),
     )
 
@@ -94,7 +94,7 @@ def _difference(a: Any, b: Any) -> float:
 
 
 def _logit_difference(ours: Pretrained, theirs: Pretrained) -> float:
-    length = min(_POSITIONS, ours.config.max_position_embeddings)
+    length = min(_POSITIONS, ours.config.longest())
     tokens = np.random.default_rng(0).integers(0, ours.config.vocab_size, (1, length))
     return _difference(ours.logits(tokens), theirs.logits(tokens))
 

@@ -20,7 +20,7 @@ from ropewalk.core.paths import Spec, matches
 from ropewalk.core.weights import Entry, Rule, by_source, expand, joined, source_shape
 
 # Buffers that older checkpoints carry and that follow from the config.
-IGNORED = ("*.rotary_emb.inv_freq",)
+IGNORED = ("*.rotary_emb.inv_freq", "*.attn.bias", "*.attn.masked_bias")
 
 Window = tuple[slice, ...]
 
@@ -73,6 +73,7 @@ def load_into(
     dtype.
     """
     entries = expand(rules, table)
+    reader = _named(reader, entries)
     check(reader, rules, entries)
     by_path: dict[str, list[Entry]] = {path: [] for path in table}
     for entry in entries:
@@ -117,6 +118,26 @@ def check(reader: Reader, rules: Iterable[Rule], entries: Iterable[Entry]) -> No
                 f"{list(reader.shapes[twin])} though the config ties them; set "
                 "tie_word_embeddings to false to use both"
             )
+
+
+class _Prefixed:
+    """A reader of tensors whose names lack a prefix that the rules have."""
+
+    def __init__(self, reader: Reader, prefix: str):
+        self._reader, self._prefix = reader, prefix
+        self.place, self.lazy = reader.place, reader.lazy
+        self.shapes = {f"{prefix}{name}": shape for name, shape in reader.shapes.items()}
+
+    def read(self, name: str) -> np.ndarray:
+        return self._reader.read(name.removeprefix(self._prefix))
+
+
+def _named(reader: Reader, entries: Sequence[Entry]) -> Reader:
+    """The reader under the rules' names: a model saved without its head has no `model.` before
+    them."""
+    prefix = entries[0].source.partition(".")[0] + "."
+    bare = entries[0].source.removeprefix(prefix)
+    return _Prefixed(reader, prefix) if bare in reader.shapes else reader
 
 
 def export(

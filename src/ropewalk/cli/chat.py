@@ -49,7 +49,7 @@ def _converse(lm, opening: list[dict[str, str]], sampling, max_new_tokens: int) 
     from ropewalk.core.log import log
     from ropewalk.text import chat as templates
 
-    positions = lm.config.max_position_embeddings
+    positions = lm.config.longest()
     full = f"the context of {positions} tokens is full; /reset begins anew"
     messages = list(opening)
     while (line := _turn()) is not None:

@@ -49,6 +49,18 @@ LINEAR_OUT = Op(
     lambda tensor, shape: np.moveaxis(tensor.reshape(shape[-1], *shape[:-1]), 0, -1),
     lambda array: np.moveaxis(array, -1, 0).reshape(array.shape[-1], math.prod(array.shape[:-1])),
 )
+# [in,out] in the file; [in, *out] in ours.
+FLAT = Op(
+    lambda shape: (shape[0], math.prod(shape[1:])),
+    lambda tensor, shape: tensor.reshape(shape),
+    lambda array: array.reshape(array.shape[0], -1),
+)
+# [in,out] in the file; [*in, out] in ours.
+FLAT_IN = Op(
+    lambda shape: (math.prod(shape[:-1]), shape[-1]),
+    lambda tensor, shape: tensor.reshape(shape),
+    lambda array: array.reshape(-1, array.shape[-1]),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,7 +91,7 @@ class Rule:
     path: str
     op: Op = COPY
     # What a GGUF file did to the tensor beside renaming it; "rope_pairs": rotary pairs interleaved;
-    # "unknown": what else such files say is not read yet, so they are refused.
+    # "plus_one": one added.
     gguf: str = ""
     # Where the model has no such parameter, a file may hold the tensor if it equals this source.
     tied: str = ""

@@ -54,6 +54,8 @@ class Dense:
             for buffer, one in zip(self.buffers, new, strict=True)
         )
         kept = self.positions.at[row, place].set(positions, mode="drop")
+        # A barrier, or XLA writes once for every reader, each time into a copy of the cache.
+        buffers = jax.lax.optimization_barrier(buffers)
         return dataclasses.replace(self, buffers=buffers, positions=kept)
 
 

@@ -31,6 +31,7 @@ _ONLY = {
     "rope_interleaved": (False, None),
     "use_bidirectional_attention": (False, None),
     "use_sliding_window": (False, None),
+    "add_cross_attention": (False, None),
     "quantization_config": (None,),
 }
 
@@ -48,6 +49,8 @@ class LMConfig(Config):
     """keys of the family's own that cannot change what the model computes from its weights"""
     around_one: ClassVar[bool] = False
     """whether norm scales are stored as their distance from one"""
+    learned_positions: ClassVar[bool] = False
+    """whether a learned vector of its position is added to every embedded token"""
     gguf_architecture: ClassVar[str] = ""
     """what GGUF files call the family; empty where nobody has checked what they say"""
 
@@ -67,6 +70,10 @@ class LMConfig(Config):
     def norm(self) -> Any:
         """A norm over the hidden features."""
         raise NotImplementedError
+
+    def longest(self) -> int:
+        """How many positions a sequence may have."""
+        return self.max_position_embeddings
 
     def embed_scale(self) -> float | None:
         """A factor on the embedded tokens, rounded to their dtype."""
@@ -144,6 +151,47 @@ class LMConfig(Config):
         return cls.__module__.rpartition(".")[2]
 
 
+class Positioned(LMConfig):
+    """A config of GPT's kind: layer norms, a learned vector for every position, heads that share
+    nothing."""
+
+    activations: ClassVar[tuple[str, ...]] = ("gelu_new", "gelu_pytorch_tanh", "gelu")
+    learned_positions: ClassVar[bool] = True
+
+    layer_norm_epsilon: float = pydantic.Field(default=1e-5, gt=0)
+    tie_word_embeddings: bool = True
+
+    @property
+    def num_key_value_heads(self) -> int:
+        """Every head of queries has its own."""
+        return self.num_attention_heads
+
+    @property
+    def head_dim(self) -> int:
+        """A head's share of the hidden features."""
+        return self.hidden_size // self.num_attention_heads
+
+    def norm(self) -> norm.LayerNorm:
+        """A norm over the hidden features."""
+        return norm.LayerNorm(self.hidden_size, eps=self.layer_norm_epsilon)
+
+    @pydantic.model_validator(mode="before")
+    @classmethod
+    def _derive(cls, values: dict[str, Any]) -> dict[str, Any]:
+        """The MLP is by default four times as wide as the residual stream."""
+        values = {key: value for key, value in values.items() if value is not None}
+        return {"intermediate_size": 4 * (_count(values, "hidden_size") or 1), **values}
+
+    @pydantic.model_validator(mode="after")
+    def _divides(self) -> Self:
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"hidden_size = {self.hidden_size} is not a multiple of num_attention_heads = "
+                f"{self.num_attention_heads}; change one"
+            )
+        return self
+
+
 class Rotary(LMConfig):
     """A config of what most families are since: RMS norms, rotary positions, heads of keys that
     several heads of queries share."""
@@ -157,6 +205,11 @@ class Rotary(LMConfig):
     def rotations(self) -> dict[str, rope.Rotation]:
         """By the name that attention layers ask for."""
         return {"default": self.rotation(self.rope_scaling)}
+
+    def longest(self) -> int:
+        """A RoPE that grows with the sequence takes more positions than it was trained on."""
+        scaling, trained = self.rope_scaling, super().longest()
+        return int(trained * scaling.factor) if isinstance(scaling, rope.Dynamic) else trained
 
     def rotation(self, scaling: Any, theta: float | None = None) -> rope.Rotation:
         """That of a head."""
@@ -257,6 +310,39 @@ class Windowed(Rotary):
     def to_hf(self) -> dict[str, Any]:
         """As `Rotary.to_hf`, with every layer's type."""
         return {**super().to_hf(), "layer_types": list(self.kinds())}
+
+
+class TwoRopes(Windowed):
+    """A config whose layers with a window are turned by plain RoPE; `rope_scaling` is of those that
+    see all."""
+
+    def local_theta(self) -> float:
+        """The base of layers with a window."""
+        return self.rope_theta
+
+    def rotations(self) -> dict[str, rope.Rotation]:
+        """One for every kind of layer."""
+        local = self.rotation(rope.Default(), self.local_theta())
+        return {"full_attention": self.rotation(self.rope_scaling), "sliding_attention": local}
+
+    @classmethod
+    def _read(cls, values: dict[str, Any], source: str) -> dict[str, Any]:
+        """The newer `rope_parameters` has an entry for each kind of layer."""
+        by_kind = values.get("rope_parameters") or {}
+        if "full_attention" not in by_kind:
+            return super()._read(values, source)
+        values["rope_parameters"] = full = by_kind["full_attention"]
+        local = {"rope_type": "default", **by_kind.get("sliding_attention", full)}
+        own = "rope_local_base_freq" in cls.model_fields
+        if own:
+            values["rope_local_base_freq"] = local.get("rope_theta")
+        same = own or local.get("rope_theta") == full.get("rope_theta")
+        if local["rope_type"] != "default" or not same:
+            raise ModelError(
+                f"{source}: rope_parameters of sliding_attention are {local}; supported is plain "
+                "RoPE" + ("" if own else f" at the base of full_attention, {full['rope_theta']}")
+            )
+        return super()._read(values, source)
 
 
 class LateWindows(Windowed):

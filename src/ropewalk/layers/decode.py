@@ -59,7 +59,7 @@ class Decoder:
         placed."""
         self._mesh = _mesh_of(model)
         model = _ready(model)
-        self.length = model.config.max_position_embeddings
+        self.length = model.config.longest()
         self.vocab = model.config.vocab_size
         self._weights = parameters(model)
         self._structure = jax.eval_shape(lambda: model)
@@ -170,7 +170,7 @@ def _ready(model: LM) -> LM:
     model.layers = model.layers.unstacked()
     if narrow and platform() == "cpu":
         for _, module in nnx.iter_modules(model):
-            if isinstance(module, Linear):
+            if isinstance(module, Linear) and not module.flipped:
                 module.flip(len(module.weight.get_metadata()["axes"]))
     return model
 

@@ -29,6 +29,11 @@ class LM(nnx.Module):
         self.embed_scale = config.embed_scale()
         self.logit_cap = config.logit_cap()
         self.embed = Embedding(config.vocab_size, config.hidden_size, rngs=rngs)
+        self.positions = (
+            Embedding(config.max_position_embeddings, config.hidden_size, "positions", rngs=rngs)
+            if config.learned_positions
+            else None
+        )
         self.layers = Stack(plan, rngs=rngs)
         self.final_norm = config.norm()
         tied = config.tie_word_embeddings
@@ -62,6 +67,8 @@ class LM(nnx.Module):
     def embedded(self, tokens: jax.Array, positions: jax.Array) -> jax.Array:
         """What enters the first layer, [b, t, d], of tokens at positions int32 [b, t]."""
         x = self.embed(tokens)
+        if self.positions is not None:
+            x += self.positions(positions).astype(x.dtype)
         scale = self.embed_scale
         return x if scale is None else x * jnp.asarray(scale, x.dtype)
 

@@ -109,15 +109,25 @@ class Stack(nnx.Module):
 
 
 def pattern[K](kinds: Sequence[K], make: Callable[[K, nnx.Rngs], nnx.Module]) -> list[Any]:
-    """The plan of layers of these kinds in order: the shortest unit that repeats, and what is left
-    of it at the end."""
-    count = len(kinds)
-    period = next(
-        p for p in range(1, count + 1) if all(kinds[i] == kinds[i % p] for i in range(count))
+    """The plan of layers of these kinds in order: from the first layer on, always the unit whose
+    repetitions reach farthest, the shortest of them."""
+    plan, first = [], 0
+    while first < len(kinds):
+        rest = kinds[first:]
+        reach = {n: n * _repetitions(rest, n) for n in range(1, max(1, len(rest) // 2) + 1)}
+        repeated = {n for n, end in reach.items() if end > n} or {1}
+        size = max(repeated, key=lambda n: (reach[n], -n))
+        plan.append(([functools.partial(make, kind) for kind in rest[:size]], reach[size] // size))
+        first += reach[size]
+    return plan
+
+
+def _repetitions(kinds: Sequence[Any], size: int) -> int:
+    """How often the first `size` kinds stand one after the other."""
+    whole = len(kinds) // size
+    return next(
+        (n for n in range(1, whole) if kinds[n * size : (n + 1) * size] != kinds[:size]), whole
     )
-    unit = [functools.partial(make, kind) for kind in kinds[:period]]
-    rest = unit[: count % period]
-    return [(unit, count // period), *([(rest, 1)] if rest else [])]
 
 
 def repeats(segment: Sequence[nnx.Module]) -> int:

@@ -30,7 +30,7 @@ class Config(Windowed):
     tie_word_embeddings: bool = True
     attention_bias: bool = False
     sliding_window: Count | None = 4096
-    query_pre_attn_scalar: float = pydantic.Field(default=256, gt=0)
+    query_pre_attn_scalar: Count = 256
     """scores are divided by its root"""
     attn_logit_softcapping: float | None = pydantic.Field(default=50.0, gt=0)
     final_logit_softcapping: float | None = pydantic.Field(default=30.0, gt=0)

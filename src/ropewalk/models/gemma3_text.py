@@ -2,21 +2,20 @@
 five layers with a window and a RoPE base of their own to one that sees all. arXiv:2503.19786"""
 
 import math
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 import pydantic
 from flax import nnx
 
 from ropewalk.core.errors import ModelError
-from ropewalk.layers import rope
 from ropewalk.layers.block import Block, attention, mlp
-from ropewalk.layers.config import Count, HeadDim, Windowed
+from ropewalk.layers.config import Count, HeadDim, TwoRopes
 from ropewalk.layers.lm import LM
 from ropewalk.layers.names import ALL_NORMS, decoder_rules
 from ropewalk.layers.stack import pattern
 
 
-class Config(Windowed):
+class Config(TwoRopes):
     """Hugging Face's names."""
 
     architecture: ClassVar[str] = "Gemma3ForCausalLM"
@@ -36,7 +35,7 @@ class Config(Windowed):
     tie_word_embeddings: bool = True
     attention_bias: bool = False
     sliding_window: Count | None = 4096
-    query_pre_attn_scalar: float = pydantic.Field(default=256, gt=0)
+    query_pre_attn_scalar: Count = 256
     """scores are divided by its root"""
     attn_logit_softcapping: float | None = pydantic.Field(default=None, gt=0)
     final_logit_softcapping: float | None = pydantic.Field(default=None, gt=0)
@@ -45,44 +44,23 @@ class Config(Windowed):
         """The root of the hidden size."""
         return math.sqrt(self.hidden_size)
 
-    def rotations(self) -> dict[str, rope.Rotation]:
-        """One for each kind of layer."""
-        local = self.rotation(rope.Default(), self.rope_local_base_freq)
-        return {"full_attention": self.rotation(self.rope_scaling), "sliding_attention": local}
+    def local_theta(self) -> float:
+        """The base of layers with a window."""
+        return self.rope_local_base_freq
 
     def logit_cap(self) -> float | None:
         """Bound of the logits."""
         return self.final_logit_softcapping
 
     @classmethod
-    def from_hf(cls, values: dict[str, Any], source: str = "config.json") -> Self:
-        """As `LMConfig.from_hf`; the newer `rope_parameters` has an entry for each kind of
-        layer."""
-        values = dict(values)
-        by_kind = values.get("rope_parameters") or {}
-        if "full_attention" in by_kind:
-            values["rope_parameters"] = by_kind["full_attention"]
-            values["rope_local_base_freq"] = by_kind["sliding_attention"]["rope_theta"]
+    def _read(cls, values: dict[str, Any], source: str) -> dict[str, Any]:
         period = values.pop("_sliding_window_pattern", values.pop("sliding_window_pattern", 6))
         if not values.get("layer_types") and period != cls.full_every:
             raise ModelError(
                 f"{source}: sliding_window_pattern = {period} and no layer_types; say each layer's "
                 "type in layer_types"
             )
-        return super().from_hf(values, source)
-
-    @classmethod
-    def from_gguf(cls, values: dict[str, Any], source: str) -> Self:
-        """As `LMConfig.from_gguf`. Without a window all layers see all. Files leave
-        `query_pre_attn_scalar` out: it is the size of a head, but in the 27B model, known by its
-        layers, a head's share of the hidden features."""
-        layers, share = values["num_hidden_layers"], values["hidden_size"]
-        share //= values["num_attention_heads"]
-        scalar = share if layers == 62 else values["head_dim"]
-        values = {**values, "query_pre_attn_scalar": scalar}
-        if "sliding_window" not in values:
-            values["layer_types"] = ["full_attention"] * layers
-        return cls.from_hf(values, source)
+        return super()._read(values, source)
 
 
 def block(c: Config, kind: str, rngs: nnx.Rngs) -> Block:

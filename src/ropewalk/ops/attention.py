@@ -107,7 +107,8 @@ def _scores(
     q: jax.Array, k: jax.Array, seen: jax.Array, scale: float, soft_cap: float | None = None
 ) -> jax.Array:
     """Masked float32 scores [..., g * t, s] of q [..., g * t, h]; seen [..., t, s]."""
-    scores = _product(q, jnp.swapaxes(k, -1, -2)) * scale
+    # Both contracted over their last dim: no transposed copy of the keys is made.
+    scores = jnp.einsum("...qh,...kh->...qk", q, k, preferred_element_type=jnp.float32) * scale
     if soft_cap is not None:
         scores = soft_cap * jnp.tanh(scores / soft_cap)
     t, s = seen.shape[-2:]

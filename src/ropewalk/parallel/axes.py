@@ -63,7 +63,7 @@ def kind(spec: Spec) -> Kind:
     axes = set(spec.axes) - {"layers"}
     if axes & {"vocab", "positions"}:
         return "embedding"
-    return "matrix" if "embed" in axes and len(axes) > 1 else "vector"
+    return "matrix" if axes & {"embed", "latent"} and len(axes) > 1 else "vector"
 
 
 @contextlib.contextmanager
