@@ -57,17 +57,17 @@ def test_equals_the_formulas(query_latent, bias):
         latent, shared = rms(down[:, :10], w["norm.scale"]), turned(down[:, 10:], p)
         source = h
         if query_latent:
-            source = h @ w["query_down.weight"] + w.get("query_down.bias", 0)
-            source = rms(source, w["query_norm.scale"])
+            source = h @ w["query.down.weight"] + w.get("query.down.bias", 0)
+            source = rms(source, w["query.norm.scale"])
         y = w.get("out.bias", 0)
         for n in range(4):
-            q = source @ w["query.weight"][:, n]
+            q = source @ w["query.up.weight" if query_latent else "query.weight"][:, n]
             q = np.concatenate([q[:, :6], turned(q[:, 6:], p)], -1)
-            k = np.concatenate([latent @ w["key.weight"][n].T, shared], -1)
+            k = np.concatenate([latent @ w["key_up.weight"][n].T, shared], -1)
             scores = np.where(np.tri(T, dtype=bool), q @ k.T * 0.3, -np.inf)
             weights = np.exp(scores - scores.max(-1, keepdims=True))
             weights /= weights.sum(-1, keepdims=True)
-            y = y + weights @ (latent @ w["value.weight"][n].T) @ w["out.weight"][n]
+            y = y + weights @ (latent @ w["value_up.weight"][n].T) @ w["out.weight"][n]
         np.testing.assert_allclose(mine[row], y, atol=2e-5)
 
 

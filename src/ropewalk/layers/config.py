@@ -83,6 +83,19 @@ class LMConfig(Config):
         """A bound c of the logits: c tanh(logits / c)."""
         return None
 
+    @classmethod
+    def said(cls, values: dict[str, Any]) -> dict[str, Any]:
+        """The values without those that are null where null means nothing."""
+        nullable = {
+            key for key, f in cls.model_fields.items() if type(None) in get_args(f.annotation)
+        }
+        return {k: v for k, v in values.items() if v is not None or k in nullable}
+
+    @pydantic.model_validator(mode="before")
+    @classmethod
+    def _unsaid(cls, values: dict[str, Any]) -> dict[str, Any]:
+        return cls.said(values)
+
     @pydantic.model_validator(mode="after")
     def _known_activation(self) -> Self:
         if self.hidden_act not in self.activations:
@@ -179,8 +192,8 @@ class Positioned(LMConfig):
     @classmethod
     def _derive(cls, values: dict[str, Any]) -> dict[str, Any]:
         """The MLP is by default four times as wide as the residual stream."""
-        values = {key: value for key, value in values.items() if value is not None}
-        return {"intermediate_size": 4 * (_count(values, "hidden_size") or 1), **values}
+        wide = {"intermediate_size": 4 * (_count(values, "hidden_size") or 1)}
+        return {**wide, **cls.said(values)}
 
     @pydantic.model_validator(mode="after")
     def _divides(self) -> Self:
@@ -193,11 +206,8 @@ class Positioned(LMConfig):
 
 
 class Rotary(LMConfig):
-    """A config of what most families are since: RMS norms, rotary positions, heads of keys that
-    several heads of queries share."""
+    """A config of what most families are since: RMS norms and rotary positions."""
 
-    num_key_value_heads: Count
-    head_dim: HeadDim
     rms_norm_eps: float = pydantic.Field(default=1e-6, gt=0)
     rope_theta: float = pydantic.Field(default=10_000.0, gt=0)
     rope_scaling: rope.Scaling = rope.Default()
@@ -211,24 +221,53 @@ class Rotary(LMConfig):
         scaling, trained = self.rope_scaling, super().longest()
         return int(trained * scaling.factor) if isinstance(scaling, rope.Dynamic) else trained
 
+    def rotary_dim(self) -> int:
+        """How many features of a head are turned."""
+        raise NotImplementedError
+
     def rotation(self, scaling: Any, theta: float | None = None) -> rope.Rotation:
         """That of a head."""
         length = self.max_position_embeddings
-        return scaling.rotation(self.head_dim, theta or self.rope_theta, length)
+        return scaling.rotation(self.rotary_dim(), theta or self.rope_theta, length)
 
     def norm(self) -> norm.RMSNorm:
         """A norm over the hidden features."""
         return norm.RMSNorm(self.hidden_size, eps=self.rms_norm_eps, around_one=self.around_one)
+
+    @pydantic.model_validator(mode="after")
+    def _turns(self) -> Self:
+        self.rotations()  # raises ValueError where the values of one do not fit the head
+        return self
+
+    @classmethod
+    def _read(cls, values: dict[str, Any], source: str) -> dict[str, Any]:
+        """RoPE's newer spelling folded into the older one."""
+        return _plain_rope(values, source)
+
+    def to_hf(self) -> dict[str, Any]:
+        """As `LMConfig.to_hf`."""
+        values = super().to_hf()
+        if values["rope_scaling"]["rope_type"] == "default":
+            values["rope_scaling"] = None
+        return values
+
+
+class Grouped(Rotary):
+    """A config of attention whose heads of keys are shared by several heads of queries."""
+
+    num_key_value_heads: Count
+    head_dim: HeadDim
+
+    def rotary_dim(self) -> int:
+        """The whole head."""
+        return self.head_dim
 
     @pydantic.model_validator(mode="before")
     @classmethod
     def _derive(cls, values: dict[str, Any]) -> dict[str, Any]:
         """Heads of keys default to those of queries, and a head to its share of the hidden
         features. What would follow from a value that is refused is not blamed too."""
-        nullable = {
-            key for key, f in cls.model_fields.items() if type(None) in get_args(f.annotation)
-        }
-        values = {k: v for k, v in values.items() if v is not None or k in nullable}
+        values = cls.said(values)
         heads, hidden = _count(values, "num_attention_heads"), _count(values, "hidden_size")
         values.setdefault("num_key_value_heads", heads or 1)
         if "head_dim" not in values and cls.model_fields["head_dim"].is_required():
@@ -247,23 +286,10 @@ class Rotary(LMConfig):
                 f"num_attention_heads = {self.num_attention_heads} is not a multiple of "
                 f"num_key_value_heads = {self.num_key_value_heads}"
             )
-        self.rotations()  # raises ValueError where the values of one do not fit the head
         return self
 
-    @classmethod
-    def _read(cls, values: dict[str, Any], source: str) -> dict[str, Any]:
-        """RoPE's newer spelling folded into the older one."""
-        return _plain_rope(values, source)
 
-    def to_hf(self) -> dict[str, Any]:
-        """As `LMConfig.to_hf`."""
-        values = super().to_hf()
-        if values["rope_scaling"]["rope_type"] == "default":
-            values["rope_scaling"] = None
-        return values
-
-
-class Windowed(Rotary):
+class Windowed(Grouped):
     """A config of layers of which some see a window of the last keys: every `full_every`-th sees
     all of them, unless `layer_types` says otherwise."""
 

@@ -2,16 +2,19 @@
 only the latent is cached. arXiv:2405.04434 section 2.1"""
 
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
+import pydantic
 from flax import nnx
 
 from ropewalk.layers.attention import Context, visible_keys
 from ropewalk.layers.cache import Dense
-from ropewalk.layers.linear import INIT_STD, Linear
+from ropewalk.layers.config import Count, HeadDim, Rotary
+from ropewalk.layers.linear import INIT_STD, Linear, depth_std
 from ropewalk.layers.norm import RMSNorm
+from ropewalk.layers.rope import Rotation, Yarn
 from ropewalk.ops import attention, mask
 from ropewalk.parallel.axes import shard
 
@@ -36,6 +39,27 @@ class Spec:
     norm_eps: float = 1e-6
     out_std: float = INIT_STD
 
+    @property
+    def width(self) -> int:
+        """Of a head's query and key."""
+        return self.nope_dim + self.rope_dim
+
+
+class CompressedQuery(nnx.Module):
+    """Queries made from a latent of their own."""
+
+    def __init__(self, spec: Spec, latent: int, *, rngs: nnx.Rngs):
+        width, axes = (spec.heads, spec.width), ("latent", "heads", "head_dim")
+        self.down = Linear(
+            (spec.hidden,), (latent,), ("embed", "latent"), bias=spec.bias, rngs=rngs
+        )
+        self.norm = RMSNorm(latent, eps=spec.norm_eps, axes=("latent",))
+        self.up = Linear((latent,), width, axes, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[b, t, d] -> [b, t, n, h]"""
+        return self.up(self.norm(self.down(x)))
+
 
 class LatentAttention(nnx.Module):
     """Attention whose cache holds one latent and one turned key a token, [r + rope_dim] features.
@@ -48,27 +72,19 @@ class LatentAttention(nnx.Module):
         d, n, r = spec.hidden, spec.heads, spec.latent
         self.spec = spec
         self.attend: attention.Attend = attention.reference
-        size, axis, down = d, "embed", spec.query_latent
-        self.query_down = (
-            None
-            if down is None
-            else Linear((d,), (down,), ("embed", "latent"), bias=spec.bias, rngs=rngs)
+        self.query = (
+            Linear((d,), (n, spec.width), ("embed", "heads", "head_dim"), rngs=rngs)
+            if spec.query_latent is None
+            else CompressedQuery(spec, spec.query_latent, rngs=rngs)
         )
-        self.query_norm = (
-            None if down is None else RMSNorm(down, eps=spec.norm_eps, axes=("latent",))
-        )
-        if down is not None:
-            size, axis = down, "latent"
-        width = spec.nope_dim + spec.rope_dim
-        self.query = Linear((size,), (n, width), (axis, "heads", "head_dim"), rngs=rngs)
         self.down = Linear(
             (d,), (r + spec.rope_dim,), ("embed", "latent"), bias=spec.bias, rngs=rngs
         )
         self.norm = RMSNorm(r, eps=spec.norm_eps, axes=("latent",))
         axes = ("latent", "heads", "head_dim")
-        self.key = Linear((r,), (n, spec.nope_dim), axes, rngs=rngs)
-        self.value = Linear((r,), (n, spec.value_dim), axes, rngs=rngs)
-        for each in (self.key, self.value):
+        self.key_up = Linear((r,), (n, spec.nope_dim), axes, rngs=rngs)
+        self.value_up = Linear((r,), (n, spec.value_dim), axes, rngs=rngs)
+        for each in (self.key_up, self.value_up):
             each.flip(len(axes))  # [n, h, r]: the absorbed way takes head by head, where it lies
         axes = ("heads", "head_dim", "embed")
         self.out = Linear(
@@ -78,10 +94,7 @@ class LatentAttention(nnx.Module):
     def __call__(self, x: jax.Array, ctx: Context, cache: Any = None) -> tuple[jax.Array, Any]:
         """x [b, t, d] -> ([b, t, d], cache with the new latents in it, or None)."""
         spec, turn = self.spec, ctx.rotations["default"]
-        if self.query_down is not None and self.query_norm is not None:
-            q = self.query(self.query_norm(self.query_down(x)))
-        else:
-            q = self.query(x)
+        q = self.query(x)
         q, q_turned = q[..., : spec.nope_dim], turn(q[..., spec.nope_dim :])
         down = self.down(x)[:, :, None]
         latent, k_turned = self.norm(down[..., : spec.latent]), turn(down[..., spec.latent :])
@@ -104,8 +117,7 @@ class LatentAttention(nnx.Module):
         """Operations of scores and weighted values, mean of a token in causal sequences of
         `length`."""
         spec = self.spec
-        width = spec.nope_dim + spec.rope_dim + spec.value_dim
-        return 2 * spec.heads * width * visible_keys(length)
+        return 2 * spec.heads * (spec.width + spec.value_dim) * visible_keys(length)
 
     def _absorbs(self, t: int, s: int) -> bool:
         """Whether `_absorbed` needs fewer operations for t queries and s latents, a head."""
@@ -116,17 +128,83 @@ class LatentAttention(nnx.Module):
 
     def _plain(self, q, q_turned, latents, seen):
         latent, k_turned = latents[..., 0, : self.spec.latent], latents[..., self.spec.latent :]
-        k = self.key(latent)
+        k = self.key_up(latent)
         k_turned = jnp.broadcast_to(k_turned, (*k.shape[:3], k_turned.shape[-1]))
         k = jnp.concatenate([k, k_turned], axis=-1)
         q = shard(jnp.concatenate([q, q_turned], axis=-1), "batch", "time", "heads", None)
         k = shard(k, "batch", "time", "heads", None)
-        v = shard(self.value(latent), "batch", "time", "heads", None)
+        v = shard(self.value_up(latent), "batch", "time", "heads", None)
         return self.attend(q, k, v, seen, self.spec.scale)
 
     def _absorbed(self, q, q_turned, latents, seen):
-        key, value = (one.weight[...].astype(q.dtype) for one in (self.key, self.value))
+        key, value = (one.weight[...].astype(q.dtype) for one in (self.key_up, self.value_up))
         q = jnp.concatenate([jnp.einsum("btnh,nhr->btnr", q, key), q_turned], axis=-1)
         # The turned key stands in for values too, so that the cache is read where it lies.
         y = self.attend(q, latents, latents, seen, self.spec.scale)[..., : self.spec.latent]
         return jnp.einsum("btnr,nhr->btnh", y, value)
+
+
+class LatentConfig(Rotary):
+    """A config of latent attention, and of fine experts beside shared ones in all layers but the
+    first `first_k_dense_replace`."""
+
+    harmless: ClassVar[frozenset[str]] = frozenset({
+        "aux_loss_alpha", "ep_size", "head_dim", "num_key_value_heads", "num_nextn_predict_layers",
+        "output_router_logits", "qk_head_dim", "router_aux_loss_coef", "router_bias_update_speed",
+        "seq_aux",
+    })  # fmt: skip
+
+    kv_lora_rank: Count = 512
+    q_lora_rank: Count | None = None
+    qk_nope_head_dim: Count = 128
+    qk_rope_head_dim: HeadDim = 64
+    v_head_dim: Count = 128
+    rope_interleave: bool = True
+    """whether the features that are turned together are neighbours"""
+    attention_bias: bool = False
+    first_k_dense_replace: int = pydantic.Field(default=0, ge=0)
+    moe_intermediate_size: Count
+    n_routed_experts: Count
+    n_shared_experts: Count
+    num_experts_per_tok: Count
+    n_group: Count | None = None
+    topk_group: Count | None = None
+    routed_scaling_factor: float = 1.0
+
+    def rotary_dim(self) -> int:
+        """A part of the head."""
+        return self.qk_rope_head_dim
+
+    def rotation(self, scaling: Any, theta: float | None = None) -> Rotation:
+        """That of a head."""
+        found = super().rotation(scaling, theta)
+        return dataclasses.replace(found, interleaved=self.rope_interleave)
+
+    def scale(self) -> float:
+        """Of the scores: YaRN's temperature is here, as far as it is not in the rotation."""
+        scale, scaling = (self.qk_nope_head_dim + self.qk_rope_head_dim) ** -0.5, self.rope_scaling
+        if isinstance(scaling, Yarn) and scaling.mscale_all_dim:
+            scale *= scaling.temperature(scaling.mscale_all_dim) ** 2
+        return scale
+
+    def kinds(self) -> tuple[str, ...]:
+        """Of every layer."""
+        dense = min(self.first_k_dense_replace, self.num_hidden_layers)
+        return ("dense",) * dense + ("moe",) * (self.num_hidden_layers - dense)
+
+
+def attention_of(c: LatentConfig, rngs: nnx.Rngs) -> LatentAttention:
+    """Latent attention in the sizes of a config."""
+    spec = Spec(
+        c.hidden_size,
+        c.num_attention_heads,
+        c.kv_lora_rank,
+        c.q_lora_rank,
+        nope_dim=c.qk_nope_head_dim,
+        rope_dim=c.qk_rope_head_dim,
+        value_dim=c.v_head_dim,
+        scale=c.scale(),
+        bias=c.attention_bias,
+        out_std=depth_std(c.num_hidden_layers),
+    )
+    return LatentAttention(spec, rngs=rngs)

@@ -3,7 +3,7 @@ room."""
 
 from collections.abc import Mapping
 
-from ropewalk.core.weights import COPY, FLAT, FLAT_IN, LINEAR, LINEAR_OUT, VECTOR, Fused, Rule
+from ropewalk.core.weights import COPY, FLAT, FLAT_IN, LINEAR, LINEAR_OUT, VECTOR, Fused, Op, Rule
 
 PRE_NORMS = {"input_layernorm": "attention_norm", "post_attention_layernorm": "mlp_norm"}
 ALL_NORMS = {
@@ -18,20 +18,15 @@ POST_NORMS = {
 }
 
 
+_LAYER = "model.layers.{i}"
+
+
 def decoder_rules(
     gguf_pairs: str = "", gguf_norms: str = "", norms: Mapping[str, str] = PRE_NORMS
 ) -> tuple[Rule, ...]:
     """Rules for embedding, attention, gated MLP, norms and head; `gguf_pairs` and `gguf_norms` are
     what GGUF files do to query and key and to norms, `norms` the names of a layer's norms in theirs
     and in our words."""
-    layer = "model.layers.{i}"
-
-    def linear(theirs: str, ours: str, op=LINEAR, gguf: str = "") -> tuple[Rule, Rule]:
-        bias = COPY if op is LINEAR_OUT else VECTOR
-        return (
-            Rule(f"{layer}.{theirs}.weight", f"layers.*.{ours}.weight", op, gguf),
-            Rule(f"{layer}.{theirs}.bias", f"layers.*.{ours}.bias", bias, gguf),
-        )
 
     def norm(theirs: str, ours: str) -> Rule:
         return Rule(f"{theirs}.weight", f"{ours}.scale", VECTOR, gguf=gguf_norms)
@@ -42,14 +37,67 @@ def decoder_rules(
         *linear("self_attn.k_proj", "attention.key", gguf=gguf_pairs),
         *linear("self_attn.v_proj", "attention.value"),
         *linear("self_attn.o_proj", "attention.out", LINEAR_OUT),
-        *linear("mlp.gate_proj", "mlp.gate"),
-        *linear("mlp.up_proj", "mlp.up"),
-        *linear("mlp.down_proj", "mlp.down"),
-        norm(f"{layer}.self_attn.q_norm", "layers.*.attention.query_norm"),
-        norm(f"{layer}.self_attn.k_norm", "layers.*.attention.key_norm"),
-        *(norm(f"{layer}.{theirs}", f"layers.*.{ours}") for theirs, ours in norms.items()),
+        *gated_rules("mlp", "mlp"),
+        norm(f"{_LAYER}.self_attn.q_norm", "layers.*.attention.query_norm"),
+        norm(f"{_LAYER}.self_attn.k_norm", "layers.*.attention.key_norm"),
+        *(norm(f"{_LAYER}.{theirs}", f"layers.*.{ours}") for theirs, ours in norms.items()),
         norm("model.norm", "final_norm"),
         Rule("lm_head.weight", "head.weight", LINEAR, tied="model.embed_tokens.weight"),
+    )
+
+
+def linear(
+    theirs: str, ours: str, op: Op = LINEAR, gguf: str = "", fused: Fused | None = None
+) -> tuple[Rule, Rule]:
+    """Rules for weight and bias of a product in every layer."""
+    bias = COPY if op is LINEAR_OUT else VECTOR
+    names = f"{_LAYER}.{theirs}", f"layers.*.{ours}"
+    return (
+        Rule(f"{names[0]}.weight", f"{names[1]}.weight", op, gguf, fused=fused),
+        Rule(f"{names[0]}.bias", f"{names[1]}.bias", bias, gguf, fused=fused),
+    )
+
+
+def gated_rules(theirs: str, ours: str) -> tuple[Rule, ...]:
+    """Rules for a gated MLP in every layer."""
+    parts = {"gate_proj": "gate", "up_proj": "up", "down_proj": "down"}
+    return tuple(rule for a, b in parts.items() for rule in linear(f"{theirs}.{a}", f"{ours}.{b}"))
+
+
+def latent_rules() -> tuple[Rule, ...]:
+    """Rules for what latent attention has beside queries and output."""
+    attention = f"{_LAYER}.self_attn"
+    by_head = {place: Fused(place, groups=lambda shape: shape[0]) for place in (0, 1)}
+    up = f"{attention}.kv_b_proj.weight"
+    return (
+        *linear("self_attn.q_a_proj", "attention.query.down"),
+        *linear("self_attn.q_b_proj", "attention.query.up"),
+        *linear("self_attn.kv_a_proj_with_mqa", "attention.down"),
+        Rule(f"{attention}.q_a_layernorm.weight", "layers.*.attention.query.norm.scale"),
+        Rule(f"{attention}.kv_a_layernorm.weight", "layers.*.attention.norm.scale"),
+        Rule(up, "layers.*.attention.key_up.weight", FLAT_IN, fused=by_head[0]),
+        Rule(up, "layers.*.attention.value_up.weight", FLAT_IN, fused=by_head[1]),
+    )
+
+
+def expert_rules(
+    router: str = "mlp.gate",
+    experts: str = "mlp.experts",
+    gate: str = "gate_proj",
+    up: str = "up_proj",
+    down: str = "down_proj",
+) -> tuple[Rule, ...]:
+    """Rules for a router and experts whose products stand apart in the file."""
+    parts = {gate: "gate", up: "up", down: "down"}
+    name = f"{_LAYER}.{experts}.{{e}}"
+    return (
+        *linear(router, "mlp.router"),
+        *(
+            Rule(
+                f"{_LAYER}.{experts}.{{e}}.{theirs}.weight", f"layers.*.mlp.experts.{ours}", LINEAR
+            )
+            for theirs, ours in parts.items()
+        ),
     )
 
 

@@ -2,7 +2,7 @@
 five layers with a window and a RoPE base of their own to one that sees all. arXiv:2503.19786"""
 
 import math
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import pydantic
 from flax import nnx
@@ -61,6 +61,18 @@ class Config(TwoRopes):
                 "type in layer_types"
             )
         return super()._read(values, source)
+
+    @classmethod
+    def from_gguf(cls, values: dict[str, Any], source: str) -> Self:
+        """As `LMConfig.from_gguf`. Without a window all layers see all. Files leave
+        `query_pre_attn_scalar` out: it is the size of a head, but in the 27B model, known by its
+        layers, a head's share of the hidden features."""
+        layers, heads = values["num_hidden_layers"], values["num_attention_heads"]
+        scalar = values["hidden_size"] // heads if layers == 62 else values["head_dim"]
+        values = {**values, "query_pre_attn_scalar": scalar}
+        if "sliding_window" not in values:
+            values["layer_types"] = ["full_attention"] * layers
+        return cls.from_hf(values, source)
 
 
 def block(c: Config, kind: str, rngs: nnx.Rngs) -> Block:

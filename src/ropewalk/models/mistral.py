@@ -6,12 +6,12 @@ from typing import Any, ClassVar
 from flax import nnx
 
 from ropewalk.layers.block import Block, attention, mlp
-from ropewalk.layers.config import Count, Rotary
+from ropewalk.layers.config import Count, Grouped
 from ropewalk.layers.lm import LM
 from ropewalk.layers.names import decoder_rules
 
 
-class Config(Rotary):
+class Config(Grouped):
     """Hugging Face's names."""
 
     architecture: ClassVar[str] = "MistralForCausalLM"

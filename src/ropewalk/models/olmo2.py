@@ -7,12 +7,12 @@ import pydantic
 from flax import nnx
 
 from ropewalk.layers.block import Block, attention, mlp
-from ropewalk.layers.config import Rotary
+from ropewalk.layers.config import Grouped
 from ropewalk.layers.lm import LM
 from ropewalk.layers.names import POST_NORMS, decoder_rules
 
 
-class Config(Rotary):
+class Config(Grouped):
     """Hugging Face's names."""
 
     architecture: ClassVar[str] = "Olmo2ForCausalLM"

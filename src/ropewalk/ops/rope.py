@@ -22,7 +22,8 @@ def llama3_frequencies(
     """Llama 3.1's stretch: long waves divided by `factor`, short ones kept, a ramp between.
     arXiv:2407.21783"""
     turns = original_length * base / (2 * math.pi)
-    keep = np.clip((turns - low_freq_factor) / (high_freq_factor - low_freq_factor), 0.0, 1.0)
+    width = max(high_freq_factor - low_freq_factor, 1e-9)
+    keep = np.clip((turns - low_freq_factor) / width, 0.0, 1.0)
     return base * (keep + (1 - keep) / factor)
 
 
