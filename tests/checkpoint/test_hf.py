@@ -38,7 +38,7 @@ def test_export_then_import(tmp_path: Path, dtype: str, max_shard_bytes: int) ->
         tokenizer=TOKENIZER,
         generation_config={"eos_token_id": 2},
     )
-    config, reader, tokenizer_files, generation_config = hf.read(tmp_path / "model")
+    config, reader, _, tokenizer_files, generation_config = hf.read(tmp_path / "model")
     assert config == CONFIG | {"torch_dtype": dtype}
     assert {path.name: path.read_bytes() for path in tokenizer_files} == TOKENIZER
     assert generation_config == {"eos_token_id": 2}
@@ -143,7 +143,7 @@ def test_pickles_are_named_and_not_read(tmp_path: Path) -> None:
     assert hf.read(tmp_path).reader.shapes == {"a": (1,)}
 
 
-@pytest.mark.parametrize("method", ["fp8", "mxfp4"])
+@pytest.mark.parametrize("method", ["fp8", "awq"])
 def test_quantized_weights_are_named(tmp_path: Path, method: str) -> None:
     config = {"quantization_config": {"quant_method": method}}
     (tmp_path / hf.CONFIG).write_text(json.dumps(config))

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from ropewalk.checkpoint import safetensors
+from ropewalk.checkpoint.readers import Mxfp4, Reader
 from ropewalk.checkpoint.weights import Tensor
 from ropewalk.core import dtypes
 from ropewalk.core.errors import ModelError, UserError
@@ -21,6 +22,7 @@ from ropewalk.text.tokenizer import FILES
 CONFIG = "config.json"
 GENERATION_CONFIG = "generation_config.json"
 TOKENIZER_FILES = (*FILES, "chat_template.json")
+_QUANTIZATION = "quantization_config"
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
@@ -31,7 +33,8 @@ class Directory(NamedTuple):
     """
 
     config: dict[str, Any]
-    reader: safetensors.Reader
+    reader: Reader
+    tensors: dict[str, safetensors.Stored]
     tokenizer_files: list[Path]
     generation_config: dict[str, Any] | None
 
@@ -56,13 +59,14 @@ def read(directory: str | Path) -> Directory:
         )
     config = read_config(root)
     _refuse_pickles(root)
-    reader = safetensors.Reader(root)
+    stored = safetensors.Reader(root)
+    reader = Mxfp4(stored) if config.pop(_QUANTIZATION, None) else stored
     present = [root / name for name in TOKENIZER_FILES if os.path.lexists(root / name)]
     for path in present:
         regular_file(path, root)
     generation = root / GENERATION_CONFIG
     generation_config = read_json(generation, root) if os.path.lexists(generation) else None
-    return Directory(config, reader, present, generation_config)
+    return Directory(config, reader, stored.tensors, present, generation_config)
 
 
 def read_config(directory: str | Path) -> dict[str, Any]:
@@ -72,13 +76,14 @@ def read_config(directory: str | Path) -> dict[str, Any]:
     """
     path = Path(directory) / CONFIG
     config = read_json(path, path.parent)
-    quantization = config.get("quantization_config")
-    if quantization is not None:
-        named = isinstance(quantization, dict) and "quant_method" in quantization
-        method = quantization["quant_method"] if named else quantization
+    quantization = config.get(_QUANTIZATION)
+    method = quantization
+    if isinstance(quantization, dict):
+        method = quantization.get("quant_method", quantization)
+    if method not in (None, "mxfp4"):
         raise ModelError(
-            f"{path}: `quantization_config` says the weights are {method!r:.80}, which is not "
-            "supported; use a checkpoint in float32, bfloat16 or float16"
+            f"{path}: `{_QUANTIZATION}` says the weights are {method!r:.80}, which is not "
+            "supported; use a checkpoint in float32, bfloat16, float16 or mxfp4"
         )
     return config
 

@@ -7,7 +7,7 @@ reads only the slice. Knows no config and no model.
 import json
 import math
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -72,8 +72,15 @@ class Reader:
 
         Raises ModelError when it is not floating point.
         """
+        return self._mapped(name, _FLOATS)
+
+    def read_bytes(self, name: str) -> np.ndarray:
+        """One tensor of bytes, as `read`. Raises ModelError when it is of anything else."""
+        return self._mapped(name, {"U8": np.dtype(np.uint8)})
+
+    def _mapped(self, name: str, known: Mapping[str, np.dtype]) -> np.ndarray:
         tensor = self.tensors[name]
-        dtype = _FLOATS.get(tensor.dtype)
+        dtype = known.get(tensor.dtype)
         if dtype is None:
             raise _unsupported(name, tensor)
         if tensor.start == tensor.end:

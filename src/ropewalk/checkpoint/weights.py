@@ -8,12 +8,13 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ropewalk.checkpoint.readers import Reader, usual
 from ropewalk.core import dtypes
 from ropewalk.core.errors import ModelError
 from ropewalk.core.paths import Spec, matches
@@ -23,29 +24,6 @@ from ropewalk.core.weights import Entry, Rule, by_source, expand, joined, source
 IGNORED = ("*.rotary_emb.inv_freq", "*.attn.bias", "*.attn.masked_bias")
 
 Window = tuple[slice, ...]
-
-
-class Reader(Protocol):
-    """A source of named tensors, such as a directory of safetensors files or a GGUF file."""
-
-    @property
-    def place(self) -> str:
-        """The file or directory, as messages name it."""
-        ...
-
-    @property
-    def shapes(self) -> Mapping[str, tuple[int, ...]]:
-        """The shape of every tensor, known without reading one."""
-        ...
-
-    @property
-    def lazy(self) -> bool:
-        """Whether `read` costs nothing until the array is sliced."""
-        ...
-
-    def read(self, name: str) -> np.ndarray:
-        """One tensor, floating point. Raises ModelError when its format is unsupported."""
-        ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,18 +41,20 @@ def load_into(
     table: Mapping[str, Spec],
     shardings: Mapping[str, jax.sharding.Sharding] | None = None,
     dtype: str | None = None,
+    unused: Sequence[str] = (),
 ) -> dict[str, jax.Array]:
     """Every parameter of `table` by path, filled from `reader`.
 
     `shardings` places them (default: the first device). `dtype` (float32, bfloat16, float16)
-    replaces the dtype that the table names. Each device's part is filled layer by layer in its own
-    buffer, so a process reads and holds only what its devices need.
+    replaces the dtype that the table names; tensors that match `unused` may be there. Each device's
+    part is filled layer by layer in its own buffer, so a process reads and holds only what its
+    devices need.
     Raises ModelError when tensors are missing, unexpected or misshapen, or when values overflow the
     dtype.
     """
     entries = expand(rules, table)
-    reader = _named(reader, entries)
-    check(reader, rules, entries)
+    reader = usual(reader, [entry.source for entry in entries])
+    check(reader, rules, entries, unused)
     by_path: dict[str, list[Entry]] = {path: [] for path in table}
     for entry in entries:
         by_path[entry.path].append(entry)
@@ -86,7 +66,9 @@ def load_into(
     return params
 
 
-def check(reader: Reader, rules: Iterable[Rule], entries: Iterable[Entry]) -> None:
+def check(
+    reader: Reader, rules: Iterable[Rule], entries: Iterable[Entry], unused: Sequence[str] = ()
+) -> None:
     """Raises ModelError, first five differences listed, unless the reader has these entries."""
     wanted = {name: source_shape(each) for name, each in by_source(entries).items()}
     tied = {rule.source: rule.tied for rule in rules if rule.tied and rule.source not in wanted}
@@ -96,7 +78,7 @@ def check(reader: Reader, rules: Iterable[Rule], entries: Iterable[Entry]) -> No
     unexpected = [
         f"{name} {list(shape)}"
         for name, shape in reader.shapes.items()
-        if name not in wanted and name not in tied and not matches(name, IGNORED)
+        if name not in wanted and name not in tied and not matches(name, (*IGNORED, *unused))
     ]
     misshapen = [
         f"{name} (file {list(reader.shapes[name])}, model {list(shape)})"
@@ -118,26 +100,6 @@ def check(reader: Reader, rules: Iterable[Rule], entries: Iterable[Entry]) -> No
                 f"{list(reader.shapes[twin])} though the config ties them; set "
                 "tie_word_embeddings to false to use both"
             )
-
-
-class _Prefixed:
-    """A reader of tensors whose names lack a prefix that the rules have."""
-
-    def __init__(self, reader: Reader, prefix: str):
-        self._reader, self._prefix = reader, prefix
-        self.place, self.lazy = reader.place, reader.lazy
-        self.shapes = {f"{prefix}{name}": shape for name, shape in reader.shapes.items()}
-
-    def read(self, name: str) -> np.ndarray:
-        return self._reader.read(name.removeprefix(self._prefix))
-
-
-def _named(reader: Reader, entries: Sequence[Entry]) -> Reader:
-    """The reader under the rules' names: a model saved without its head has no `model.` before
-    them."""
-    prefix = entries[0].source.partition(".")[0] + "."
-    bare = entries[0].source.removeprefix(prefix)
-    return _Prefixed(reader, prefix) if bare in reader.shapes else reader
 
 
 def export(

@@ -75,6 +75,10 @@ class LMConfig(Config):
         """How many positions a sequence may have."""
         return self.max_position_embeddings
 
+    def unused(self) -> tuple[str, ...]:
+        """Patterns of tensors that published files hold beside those of the model."""
+        return ()
+
     def embed_scale(self) -> float | None:
         """A factor on the embedded tokens, rounded to their dtype."""
         return None

@@ -171,6 +171,10 @@ class LatentConfig(Rotary):
     topk_group: Count | None = None
     routed_scaling_factor: float = 1.0
 
+    def unused(self) -> tuple[str, ...]:
+        """Layers beyond the last, which predict a token more."""
+        return (f"model.layers.{self.num_hidden_layers}.*",)
+
     def rotary_dim(self) -> int:
         """A part of the head."""
         return self.qk_rope_head_dim

@@ -89,7 +89,6 @@ def expert_rules(
 ) -> tuple[Rule, ...]:
     """Rules for a router and experts whose products stand apart in the file."""
     parts = {gate: "gate", up: "up", down: "down"}
-    name = f"{_LAYER}.{experts}.{{e}}"
     return (
         *linear(router, "mlp.router"),
         *(
