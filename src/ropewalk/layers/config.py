@@ -1,6 +1,7 @@
 """The description of a language model, in the words of Hugging Face's `config.json`, read from and
 written to both its spellings."""
 
+import dataclasses
 from typing import Annotated, Any, ClassVar, Literal, Self, get_args
 
 import pydantic
@@ -45,6 +46,8 @@ class LMConfig(Config):
     """what `hidden_act` may be"""
     spelt: ClassVar[dict[str, str]] = {}
     """what `config.json` calls a field, where it is not its name here"""
+    only: ClassVar[dict[str, tuple[Any, ...]]] = {}
+    """keys of the family's own that are understood at these values only"""
     harmless: ClassVar[frozenset[str]] = frozenset()
     """keys of the family's own that cannot change what the model computes from its weights"""
     around_one: ClassVar[bool] = False
@@ -128,7 +131,7 @@ class LMConfig(Config):
                 f"{source}: layer_types has {sorted(set(kinds))}; this family has full_attention "
                 "layers only"
             )
-        for key, allowed in _ONLY.items():
+        for key, allowed in {**_ONLY, **cls.only}.items():
             if key not in cls.model_fields and values.pop(key, None) not in allowed:
                 raise ModelError(
                     f"{source}: `{key}` is set and not supported; supported: {allowed[0]}"
@@ -232,7 +235,12 @@ class Rotary(LMConfig):
     def rotation(self, scaling: Any, theta: float | None = None) -> rope.Rotation:
         """That of a head."""
         length = self.max_position_embeddings
-        return scaling.rotation(self.rotary_dim(), theta or self.rope_theta, length)
+        found = scaling.rotation(self.rotary_dim(), theta or self.rope_theta, length)
+        return dataclasses.replace(found, interleaved=self.interleaved())
+
+    def interleaved(self) -> bool:
+        """Whether features that are turned together are neighbours."""
+        return False
 
     def norm(self) -> norm.RMSNorm:
         """A norm over the hidden features."""

@@ -14,7 +14,7 @@ from ropewalk.layers.cache import Dense
 from ropewalk.layers.config import Count, HeadDim, Rotary
 from ropewalk.layers.linear import INIT_STD, Linear, depth_std
 from ropewalk.layers.norm import RMSNorm
-from ropewalk.layers.rope import Rotation, Yarn
+from ropewalk.layers.rope import Yarn
 from ropewalk.ops import attention, mask
 from ropewalk.parallel.axes import shard
 
@@ -179,10 +179,9 @@ class LatentConfig(Rotary):
         """A part of the head."""
         return self.qk_rope_head_dim
 
-    def rotation(self, scaling: Any, theta: float | None = None) -> Rotation:
-        """That of a head."""
-        found = super().rotation(scaling, theta)
-        return dataclasses.replace(found, interleaved=self.rope_interleave)
+    def interleaved(self) -> bool:
+        """As the config says."""
+        return self.rope_interleave
 
     def scale(self) -> float:
         """Of the scores: YaRN's temperature is here, as far as it is not in the rotation."""

@@ -22,11 +22,14 @@ _LAYER = "model.layers.{i}"
 
 
 def decoder_rules(
-    gguf_pairs: str = "", gguf_norms: str = "", norms: Mapping[str, str] = PRE_NORMS
+    gguf_pairs: str = "",
+    gguf_norms: str = "",
+    norms: Mapping[str, str] = PRE_NORMS,
+    mlp: str = "mlp",
 ) -> tuple[Rule, ...]:
     """Rules for embedding, attention, gated MLP, norms and head; `gguf_pairs` and `gguf_norms` are
     what GGUF files do to query and key and to norms, `norms` the names of a layer's norms in theirs
-    and in our words."""
+    and in our words, `mlp` what they call that."""
 
     def norm(theirs: str, ours: str) -> Rule:
         return Rule(f"{theirs}.weight", f"{ours}.scale", VECTOR, gguf=gguf_norms)
@@ -37,7 +40,8 @@ def decoder_rules(
         *linear("self_attn.k_proj", "attention.key", gguf=gguf_pairs),
         *linear("self_attn.v_proj", "attention.value"),
         *linear("self_attn.o_proj", "attention.out", LINEAR_OUT),
-        *gated_rules("mlp", "mlp"),
+        Rule(f"{_LAYER}.self_attn.sinks", "layers.*.attention.sinks"),
+        *gated_rules(mlp, "mlp"),
         norm(f"{_LAYER}.self_attn.q_norm", "layers.*.attention.query_norm"),
         norm(f"{_LAYER}.self_attn.k_norm", "layers.*.attention.key_norm"),
         *(norm(f"{_LAYER}.{theirs}", f"layers.*.{ours}") for theirs, ours in norms.items()),
@@ -80,6 +84,11 @@ def latent_rules() -> tuple[Rule, ...]:
     )
 
 
+def selection_bias_rule(theirs: str) -> Rule:
+    """The rule for what a router adds to its scores in every layer."""
+    return Rule(f"{_LAYER}.{theirs}", "layers.*.mlp.router.selection_bias")
+
+
 def expert_rules(
     router: str = "mlp.gate",
     experts: str = "mlp.experts",
@@ -97,6 +106,23 @@ def expert_rules(
             )
             for theirs, ours in parts.items()
         ),
+    )
+
+
+def fused_expert_rules(router: str, experts: str, gate: Fused, up: Fused) -> tuple[Rule, ...]:
+    """Rules for a router and experts whose products lie together [e, in, out] in the file, gate and
+    up in one tensor."""
+    theirs, ours = f"{_LAYER}.{experts}", "layers.*.mlp.experts"
+    both = f"{theirs}.gate_up_proj", f"{theirs}.gate_up_proj_bias"
+    return (
+        *linear(router, "mlp.router"),
+        *(
+            Rule(name, f"{ours}.{part}{end}", fused=place)
+            for name, end in zip(both, ("", "_bias"), strict=True)
+            for part, place in (("gate", gate), ("up", up))
+        ),
+        Rule(f"{theirs}.down_proj", f"{ours}.down"),
+        Rule(f"{theirs}.down_proj_bias", f"{ours}.down_bias"),
     )
 
 

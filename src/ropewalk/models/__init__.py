@@ -44,10 +44,13 @@ def presets() -> dict[str, Named]:
 
 def from_hf(values: dict[str, Any], source: str) -> Named:
     """Family and config of a parsed `config.json`. Raises ModelError."""
-    name = values.get("model_type")
+    name, text = values.get("model_type"), values.get("text_config")
     if not isinstance(name, str):
         raise ModelError(f"{source}: has no `model_type`; supported: {', '.join(families())}")
-    module = family(name)
+    if name not in families() and isinstance(text, dict) and "model_type" in text:
+        return from_hf(text, f"{source}: text_config")  # the language part of a larger model
+    other = [m for m in map(family, families()) if name in getattr(m, "ALSO", ())]
+    module = other[0] if other else family(name)
     return Named(module, module.Config.from_hf(values, source))
 
 
