@@ -7,14 +7,21 @@ from pathlib import Path
 from typing import Any
 
 import gguf as ggml
+import jax
 import numpy as np
 import pytest
+from flax import nnx
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from ropewalk import models
 from ropewalk.checkpoint import gguf, weights
+from ropewalk.checkpoint.pretrained import Pretrained, load
 from ropewalk.core.errors import ModelError, UserError
+from ropewalk.layers.lm import table as lm_table
+from tests.checkpoint.gguf_files import convert, interleaved
 from tests.checkpoint.tiny import RULES, random, table
+from tests.families.tiny import moved, tiny
 
 Type = ggml.GGMLQuantizationType
 D, N, K, H, F, V, LAYERS = 64, 4, 2, 16, 96, 32, 2
@@ -25,16 +32,6 @@ NAMES = {
     "mlp.down_proj": "ffn_down", "input_layernorm": "attn_norm",
     "post_attention_layernorm": "ffn_norm", "model.layers.": "blk.",
 }  # fmt: skip
-
-
-def interleaved(array: np.ndarray, heads: int) -> np.ndarray:
-    """What llama.cpp's converter does to the rows of queries and keys."""
-    rows = array.shape[0]
-    return (
-        array.reshape(heads, 2, rows // heads // 2, *array.shape[1:])
-        .swapaxes(1, 2)
-        .reshape(array.shape)
-    )
 
 
 def converted(specs: Mapping, params: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -70,7 +67,9 @@ def write(
         elif isinstance(value, str):
             writer.add_string(key, value)
         elif isinstance(value, int):
-            writer.add_uint32(key, value)
+            writer.add_int64(key, value) if value < 0 else writer.add_uint32(key, value)
+        elif isinstance(value, list):
+            writer.add_array(key, value)
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("smollm")
     writer.add_token_list([f"t{i}" for i in range(V)])
@@ -111,8 +110,8 @@ def test_a_file_gives_the_parameters_it_was_made_from(
     loaded = weights.load_into(file.reader(RULES), RULES, specs)
     for path, array in loaded.items():
         np.testing.assert_array_equal(array, params[path], err_msg=path)
+    assert file.architecture == "llama"
     assert file.config == {
-        "model_type": "llama",
         "vocab_size": V,
         "hidden_size": D,
         "intermediate_size": F,
@@ -136,10 +135,119 @@ def test_a_bias_of_every_projection_is_the_config_s(tmp_path: Path) -> None:
     assert gguf.read(write(tmp_path / "m.gguf", tensors)).config["attention_bias"] is True
 
 
-def test_a_family_whose_files_say_more_is_refused(model: Path) -> None:
-    unread = [dataclasses.replace(rule, gguf="unknown") for rule in RULES]
-    with pytest.raises(ModelError, match="GGUF files of `llama` models are not supported"):
-        gguf.read(model).reader(unread)
+# Family, what differs from the tiny config, what the file says beside the usual.
+FAMILIES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+    "llama": ("llama", {}, {}),
+    "llama, its heads' width unsaid": ("llama", {"hidden_size": 64}, {}),
+    "qwen2": ("qwen2", {"sliding_window": None}, {}),
+    "qwen3": ("qwen3", {"sliding_window": None}, {}),
+    "gemma": ("gemma", {"tie_word_embeddings": True}, {}),
+    "gemma2": ("gemma2", {"num_hidden_layers": 4, "tie_word_embeddings": True}, {}),
+    "gemma3": ("gemma3_text", {"num_hidden_layers": 7}, {}),
+    "gemma3, stretched": (
+        "gemma3_text",
+        {"num_hidden_layers": 6, "rope_scaling": {"rope_type": "linear", "factor": 8.0}},
+        {"rope__scaling__type": "linear", "rope__scaling__factor": 8.0},
+    ),
+    "gemma3, every second layer": (
+        "gemma3_text",
+        {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"]},
+        {"attention__sliding_window_pattern": 2},
+    ),
+    "gemma3, a flag a layer, another base": (
+        "gemma3_text",
+        {
+            "layer_types": ["full_attention", "sliding_attention", "sliding_attention"],
+            "rope_local_base_freq": 500.0,
+            "final_logit_softcapping": 20.0,
+        },
+        {
+            "attention__sliding_window_pattern": [False, True, True],
+            "rope__freq_base_swa": 500.0,
+            "final_logit_softcapping": 20.0,
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize("case", FAMILIES)
+def test_a_family_s_file_is_the_directory_that_it_was_made_from(tmp_path: Path, case: str) -> None:
+    """As llama.cpp's converter makes it: config, weights, and logits over more than a window."""
+    name, changes, said = FAMILIES[case]
+    family, small = models.family(name), tiny(name).config
+    if "query_pre_attn_scalar" in family.Config.model_fields:
+        changes = {**changes, "query_pre_attn_scalar": small.head_dim}
+    config = family.Config.parse({**small.model_dump(), **changes})
+    start = nnx.eval_shape(lambda: family.Model(config, rngs=nnx.Rngs(0)))
+    specs = lm_table(start)
+    zeros = {path: jax.numpy.zeros(spec.shape) for path, spec in specs.items()}
+    Pretrained(family, config, moved(zeros, specs), None, "tiny").save(tmp_path / "hf")
+    file = convert(tmp_path / "hf", tmp_path / "m.gguf", family.Config.gguf_architecture, **said)
+    expected, found = load(tmp_path / "hf"), load(file)
+    assert found.family is expected.family
+    assert found.config == expected.config
+    for path, array in expected.params.items():  # adding one to a norm's scale rounds it
+        np.testing.assert_allclose(found.params[path], array, rtol=0, atol=2.4e-7, err_msg=path)
+    tokens = np.random.default_rng(0).integers(0, config.vocab_size, (2, 24))
+    np.testing.assert_allclose(found.logits(tokens), expected.logits(tokens), atol=2e-4)
+
+
+LEFT_OUT = "query_pre_attn_scalar"
+
+
+@pytest.mark.parametrize(
+    "name",
+    [name for name, it in models.presets().items() if LEFT_OUT in type(it.config).model_fields],
+)
+def test_what_files_leave_out_follows_from_the_sizes(name: str) -> None:
+    config = models.presets()[name].config
+    values = {key: value for key, value in config.to_hf().items() if key != LEFT_OUT}
+    assert type(config).from_gguf(values, name) == config
+
+
+def test_a_file_without_a_window_has_none() -> None:
+    """Files of gemma3 may say no window."""
+    config = models.family("gemma3_text").Config
+    values = tiny("gemma3_text").config.to_hf()
+    del values["sliding_window"], values["layer_types"]
+    assert set(config.from_gguf(values, "m.gguf").kinds()) == {"full_attention"}
+
+
+def test_files_of_a_family_that_nobody_checked_are_refused() -> None:
+    with pytest.raises(
+        ModelError, match=r"m.gguf: GGUF files of `mistral` .* gemma3, llama, qwen2"
+    ):
+        models.from_gguf("mistral", "m.gguf")
+    assert models.from_gguf("gemma3", "m.gguf") is models.family("gemma3_text")
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("attention__sliding_window", 7), ("expert_count", 8), ("attention__scale", 0.5),
+        ("attn_logit_softcapping", 50.0), ("attention__causal", 0), ("logit_scale", 2.0),
+    ],
+)  # fmt: skip
+def test_a_key_that_is_not_understood_is_named(tmp_path: Path, key: str, value: Any) -> None:
+    path = write(tmp_path / "m.gguf", _embedding(), block_count=1, **{key: value})
+    file, fields = gguf.read(path), models.family("llama").Config.model_fields
+    name = f"llama.{key.replace('__', '.')}"
+    with pytest.raises(ModelError, match=f"metadata key `{name}` is {value}, which is not unders"):
+        file.described(fields)
+
+
+def test_harmless_keys_are_passed_over(tmp_path: Path) -> None:
+    more: dict[str, Any] = {"vocab_size": 99, "expert_count": 0, "rope__scaling__finetuned": 0}
+    file = gguf.read(write(tmp_path / "m.gguf", _embedding(), block_count=1, **more))
+    assert file.described(()) == file.config
+
+
+@pytest.mark.parametrize("value", [[True, False], "x", -1])
+def test_a_pattern_of_windows_has_a_flag_a_layer(tmp_path: Path, value: Any) -> None:
+    more = {"attention__sliding_window_pattern": value}
+    file = gguf.read(write(tmp_path / "m.gguf", _embedding(), block_count=1, **more))
+    with pytest.raises(ModelError, match=r"pattern` is .*, or a flag for each of the 1 layers"):
+        file.described({"layer_types"})
 
 
 def test_rows_stay_where_the_rule_names_no_pairs(model: Path) -> None:
@@ -182,19 +290,48 @@ def q8_0(block: bytes) -> list[np.float32]:
     return [half(block, 0) * np.float32(q) for q in struct.unpack_from("<32b", block, 2)]
 
 
-def q4_k(block: bytes) -> list[np.float32]:
-    """dequantize_row_q4_K of ggml-quants.c: 8 groups of 32, scales and minima in 6 bits."""
-    scales, quants = block[4:16], block[16:]
+def fifth_bit(bits: bytes, i: int) -> int:
+    return (bits[i // 8] >> i % 8 & 1) << 4
 
-    def scale_min(j: int) -> tuple[int, int]:
-        if j < 4:
-            return scales[j] & 63, scales[j + 4] & 63
-        low = scales[j + 4] & 15 | (scales[j - 4] >> 6) << 4
-        return low, scales[j + 4] >> 4 | (scales[j] >> 6) << 4
 
+def q5_0(block: bytes) -> list[np.float32]:
+    low = [byte & 15 for byte in block[6:]] + [byte >> 4 for byte in block[6:]]
+    whole = [q | fifth_bit(block[2:6], i) for i, q in enumerate(low)]
+    return [half(block, 0) * np.float32(q - 16) for q in whole]
+
+
+def q5_1(block: bytes) -> list[np.float32]:
+    low = [byte & 15 for byte in block[8:]] + [byte >> 4 for byte in block[8:]]
+    whole = [q | fifth_bit(block[4:8], i) for i, q in enumerate(low)]
+    return [half(block, 0) * np.float32(q) + half(block, 2) for q in whole]
+
+
+def scale_min(scales: bytes, j: int) -> tuple[int, int]:
+    """get_scale_min_k4 of ggml-quants.c: 8 scales and 8 minima of 6 bits in 12 bytes."""
+    if j < 4:
+        return scales[j] & 63, scales[j + 4] & 63
+    low = scales[j + 4] & 15 | (scales[j - 4] >> 6) << 4
+    return low, scales[j + 4] >> 4 | (scales[j] >> 6) << 4
+
+
+def q5_k(block: bytes) -> list[np.float32]:
+    """dequantize_row_q5_K of ggml-quants.c: as Q4_K, the fifth bits of group j in bit j."""
     values = []
     for j in range(8):
-        scale, minimum = scale_min(j)
+        scale, minimum = map(np.float32, scale_min(block[4:16], j))
+        for at in range(32):
+            byte = block[48 + 32 * (j // 2) + at]
+            q = (byte >> 4 if j % 2 else byte & 15) | (block[16 + at] >> j & 1) << 4
+            values.append(half(block, 0) * scale * np.float32(q) - half(block, 2) * minimum)
+    return values
+
+
+def q4_k(block: bytes) -> list[np.float32]:
+    """dequantize_row_q4_K of ggml-quants.c: 8 groups of 32, scales and minima in 6 bits."""
+    quants = block[16:]
+    values = []
+    for j in range(8):
+        scale, minimum = scale_min(block[4:16], j)
         bytes_ = quants[32 * (j // 2) : 32 * (j // 2) + 32]
         for byte in bytes_:
             q = byte >> 4 if j % 2 else byte & 15
@@ -225,11 +362,17 @@ def q6_k(block: bytes) -> list[np.float32]:
 DECODERS = {
     Type.Q4_0: q4_0,
     Type.Q4_1: q4_1,
+    Type.Q5_0: q5_0,
+    Type.Q5_1: q5_1,
     Type.Q8_0: q8_0,
     Type.Q4_K: q4_k,
+    Type.Q5_K: q5_k,
     Type.Q6_K: q6_k,
 }
-HALVES = {Type.Q4_0: [0], Type.Q4_1: [0, 2], Type.Q8_0: [0], Type.Q4_K: [0, 2], Type.Q6_K: [208]}
+HALVES = {
+    Type.Q4_0: [0], Type.Q4_1: [0, 2], Type.Q5_0: [0], Type.Q5_1: [0, 2], Type.Q8_0: [0],
+    Type.Q4_K: [0, 2], Type.Q5_K: [0, 2], Type.Q6_K: [208],
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("kind", DECODERS, ids=lambda kind: kind.name)
@@ -267,10 +410,12 @@ def test_plain_types_keep_their_bits(tmp_path: Path, kind: Type, bits: int) -> N
 
 
 def test_unsupported_types_are_named(tmp_path: Path) -> None:
-    kinds = {"x.weight": Type.Q5_1}
-    array = np.ones((2, 64), np.float32)
+    kinds = {"x.weight": Type.TQ2_0}
+    array = np.ones((2, 256), np.float32)
     path = write(tmp_path / "m.gguf", _embedding() | {"x.weight": array}, kinds, block_count=1)
-    with pytest.raises(ModelError, match=r"`x.weight` has type Q5_1.*supported are F32, F16, BF16"):
+    with pytest.raises(
+        ModelError, match=r"`x.weight` has type TQ2_0.*supported are F32, F16, BF16"
+    ):
         gguf.read(path).dequantized("x.weight")
 
 
@@ -313,6 +458,10 @@ def test_rope_scaling_of_the_file(tmp_path: Path) -> None:
         path, base, block_count=1, rope__scaling__type="linear", rope__scaling__factor=4.0
     )
     assert gguf.read(linear).config["rope_scaling"] == {"rope_type": "linear", "factor": 4.0}
+    untyped = write(path, base, block_count=1, rope__scaling__factor=4.0)
+    assert gguf.read(untyped).config["rope_scaling"] == {"rope_type": "linear", "factor": 4.0}
+    none = write(path, base, block_count=1, rope__scaling__type="none", rope__scaling__factor=4.0)
+    assert "rope_scaling" not in gguf.read(none).config
     old = write(path, base, block_count=1, rope__scale_linear=2.0)
     assert gguf.read(old).config["rope_scaling"] == {"rope_type": "linear", "factor": 2.0}
     for strange in (frequencies(32.0) + 0.5, frequencies(np.inf), np.ones(3, np.float32)):

@@ -23,9 +23,24 @@ SIZES = {
     "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3,
     "num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 4,
     "max_position_embeddings": 64, "sliding_window": 5, "query_pre_attn_scalar": 8,
+    "attention_chunk_size": 6, "intermediate_size_mlp": 48, "moe_intermediate_size": 16,
+    "num_experts": 8, "num_local_experts": 8, "n_routed_experts": 8, "num_experts_per_tok": 2,
+    "n_shared_experts": 1, "shared_expert_intermediate_size": 16, "kv_lora_rank": 16,
+    "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 8, "floor_scale": 7,
+    "no_rope_layer_interval": 2, "interleave_moe_layer_step": 1, "linear_num_key_heads": 8,
+    "linear_num_value_heads": 16, "linear_key_head_dim": 8, "linear_value_head_dim": 8,
+    "full_attention_interval": 2,
+}  # fmt: skip
+# What may be zero or null: dense layers before those of experts, groups of experts, a latent of
+# queries, a stretch of the positions (a preset's is for positions that these models lack).
+MORE = {
+    "first_k_dense_replace": 1, "n_group": 4, "topk_group": 2, "q_lora_rank": 16,
+    "rope_scaling": {"rope_type": "default"}, "partial_rotary_factor": 0.5,
 }  # fmt: skip
 # `plain`: every boolean of the config false; `options`: every one true (biases, a tied head).
 CASES = [(name, variant) for name in models.families() for variant in ("plain", "options")]
+# `every`: as `plain`, all experts on every token, so that nothing jumps where a choice changes.
+EVERY = {"num_experts_per_tok": 8, "n_group": 1, "topk_group": 1}
 BATCH, LENGTH = 4, 24
 Arrays = dict[str, jax.Array]
 
@@ -63,7 +78,8 @@ def tiny(name: str, variant: str = "plain") -> Tiny:
     preset = min(family.PRESETS.values(), key=lambda config: config.hidden_size)
     fields = family.Config.model_fields
     flags = {key: variant == "options" for key, f in fields.items() if f.annotation is bool}
-    sizes = {key: value for key, value in SIZES.items() if key in fields}
+    sizes = {**SIZES, **MORE, **(EVERY if variant == "every" else {})}
+    sizes = {key: value for key, value in sizes.items() if key in fields}
     config = family.Config.parse({**preset.model_dump(), **sizes, **flags})
 
     def make() -> Any:
@@ -87,17 +103,52 @@ def moved(start: Arrays, specs: dict[str, Spec]) -> Arrays:
 
 @functools.cache
 def forward(name: str, variant: str) -> Any:
-    """The compiled (tokens, positions, segment_ids) -> logits of [BATCH, LENGTH], without cache."""
+    """The compiled (tokens, positions, segment_ids, params = its own) -> logits of [BATCH, LENGTH],
+    without cache."""
     it = tiny(name, variant)
     run = jax.jit(lambda params, *inputs: it.model(params)(*inputs)[0])
-    return lambda *inputs: np.asarray(run(it.params, *(jnp.asarray(i, jnp.int32) for i in inputs)))
+
+    def call(tokens: Any, positions: Any, segments: Any, params: Arrays = it.params) -> np.ndarray:
+        inputs = (jnp.asarray(each, jnp.int32) for each in (tokens, positions, segments))
+        return np.asarray(run(params, *inputs))
+
+    return call
 
 
 @functools.cache
 def gradient(name: str, variant: str, run: str = "scan", remat: str = "none") -> Any:
     """Loss and gradients of `batch()`, with the stack run this way."""
-    it = tiny(name, variant).running(run, remat)
-    return jax.jit(jax.value_and_grad(it.loss))(it.params, batch())
+    return _gradient(name, variant, run, remat)(tiny(name, variant).params, batch())
+
+
+@functools.cache
+def _gradient(name: str, variant: str, run: str = "scan", remat: str = "none") -> Any:
+    return jax.jit(jax.value_and_grad(tiny(name, variant).running(run, remat).loss))
+
+
+def nudged(params: Arrays) -> Arrays:
+    """Parameters changed by about one rounding of a float32."""
+    rng = np.random.default_rng(9)
+    return {
+        path: value * (1 + 1e-7 * rng.standard_normal(value.shape)).astype(np.float32)
+        for path, value in params.items()
+    }
+
+
+@functools.cache
+def rounding(name: str, variant: str) -> float:
+    """How far one rounding of every parameter moves a logit: two right ways differ by as much."""
+    run, inputs = forward(name, variant), (tokens(), *counted())
+    moved = run(*inputs, nudged(tiny(name, variant).params))
+    return float(np.abs(moved - run(*inputs)).max())
+
+
+@functools.cache
+def gradient_rounding(name: str, variant: str) -> dict[str, float]:
+    """The same of the gradient of every parameter."""
+    _, moved = _gradient(name, variant)(nudged(tiny(name, variant).params), batch())
+    _, grads = gradient(name, variant)
+    return {path: float(jnp.abs(moved[path] - grad).max()) for path, grad in grads.items()}
 
 
 def tokens(seed: int = 0, shape: tuple[int, ...] = (BATCH, LENGTH)) -> np.ndarray:

@@ -7,6 +7,7 @@ import pytest
 from flax import nnx
 
 from ropewalk import models
+from ropewalk.checkpoint.pretrained import abstract
 from ropewalk.core.errors import ConfigError, ModelError
 from ropewalk.layers.lm import table
 
@@ -53,11 +54,62 @@ PUBLISHED = {
     "gemma3-4b": 3_880_263_168,
     "gemma3-12b": 11_766_034_176,
     "gemma3-27b": 27_009_346_304,
+    "deepseek-v2-lite": 15_706_484_224,
+    "deepseek-v2": 235_741_434_880,
+    "deepseek-v3": 671_026_419_200,
+    "kimi-k2": 1_026_408_232_448,
+    "gpt2": 124_439_808,
+    "gpt2-medium": 354_823_168,
+    "gpt2-large": 774_030_080,
+    "gpt2-xl": 1_557_611_200,
+    "gpt-oss-20b": 20_914_757_184,
+    "gpt-oss-120b": 116_829_156_672,
+    "llama4-scout": 107_769_861_120,
+    "llama4-maverick": 400_711_848_960,
+    "mixtral-8x7b": 46_702_792_704,
+    "mixtral-8x22b": 140_630_071_296,
+    "olmo2-1b": 1_484_916_736,
+    "olmo2-7b": 7_298_617_344,
+    "olmo2-13b": 13_716_198_400,
+    "olmo2-32b": 32_234_279_936,
+    "olmo3-7b": 7_298_011_136,
+    "olmo3-32b": 32_233_522_176,
+    "qwen3-30b-a3b": 30_532_122_624,
+    "qwen3-235b-a22b": 235_093_634_560,
+    "qwen3-coder-480b-a35b": 480_154_875_392,
+    "qwen3-next-80b-a3b": 79_674_391_296,
+    # No checkpoint of these was published: the paper's sizes, counted by hand. Two tables, and a
+    # layer of d features has 12 d^2 weights, 13 d biases and scales.
+    **{
+        name: (vocab + 2048) * d + layers * (12 * d**2 + 13 * d) + 2 * d
+        for name, vocab, d, layers in (
+            ("gpt3-52k", 1024, 16, 1),
+            ("gpt3-6.7b", 50257, 4096, 32),
+            ("gpt3-13b", 50257, 5120, 40),
+            ("gpt3-175b", 50257, 12288, 96),
+        )
+    },
 }
+# Billions of parameters that work on a token, as their authors say; gpt-oss's without its table.
+ACTIVE = {
+    "mixtral-8x7b": 12.9, "mixtral-8x22b": 39.1, "deepseek-v2": 21.4, "deepseek-v3": 37.6,
+    "kimi-k2": 32.9, "qwen3-30b-a3b": 3.35, "qwen3-235b-a22b": 22.2, "llama4-scout": 17.2,
+    "llama4-maverick": 17.2, "gpt-oss-20b": 3.61, "gpt-oss-120b": 5.13,
+    "qwen3-coder-480b-a35b": 35.5, "qwen3-next-80b-a3b": 3.87,
+}  # fmt: skip
 SIZES = {
     "vocab_size": 32, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1,
     "num_attention_heads": 2,
 }  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ACTIVE)
+def test_the_parameters_that_work_on_a_token_are_as_published(name):
+    module, config = models.presets()[name]
+    found = abstract(module, config).active()
+    if config.family() == "gpt_oss":
+        found -= config.vocab_size * config.hidden_size
+    assert found / 1e9 == pytest.approx(ACTIVE[name], rel=5e-3)
 
 
 def test_every_preset_has_a_published_size_here():

@@ -15,11 +15,13 @@ from ropewalk.parallel.axes import (
     Placement,
     batch_sharding,
     kind,
+    on_one_device,
     placed,
     platform,
     replicated,
     shard,
     shardings,
+    spread,
 )
 from ropewalk.parallel.rules import RULES
 
@@ -143,3 +145,24 @@ def test_kinds():
     assert [kind(one) for one in TABLE.values()] == wanted
     assert kind(spec((32, 64), "embed", "vocab")) == "embedding"
     assert kind(spec((3, 8, 4), "layers", "heads", "head_dim")) == "vector"  # a bias
+    of_experts = [("embed", "mlp"), ("mlp", "embed"), ("mlp",), ("embed",)]
+    found = [kind(spec((3,) * (len(a) + 2), "layers", "experts", *a)) for a in of_experts]
+    assert found == ["matrix", "matrix", "vector", "vector"]
+    assert kind(spec((3, 32, 8), "layers", "embed", "experts")) == "matrix"  # a router
+
+
+def test_experts_lie_apart_and_tokens_too():
+    place = placement("fsdp_expert", fsdp=2, expert=4)
+    table = {"gate": spec((8, 16, 6), "experts", "embed", "mlp")}
+    assert shardings(table, place)["gate"].shard_shape((8, 16, 6)) == (2, 8, 6)
+    assert batch_sharding(place, 8).shard_shape((8, 5)) == (1, 5)
+    with pytest.raises(LayoutError, match=r"6 `experts`.*4 devices"):
+        shardings({"gate": spec((6, 16, 6), "experts", "embed", "mlp")}, place)
+
+
+def test_a_part_that_one_device_runs_is_not_constrained():
+    with placed(placement("fsdp")):
+        assert spread() is not None
+        with on_one_device():
+            x = jnp.ones((8, 2))
+            assert spread() is None and shard(x, "batch") is x and platform() == "cpu"

@@ -51,7 +51,7 @@ def test_a_mesh_that_does_not_fit_is_refused_with_its_numbers(sizes, words):
 
 
 @pytest.mark.parametrize("devices", [1, 2, 3, 8])
-@pytest.mark.parametrize("rules", ["fsdp", "tensor", "fsdp_tensor"])
+@pytest.mark.parametrize("rules", ["fsdp", "tensor", "fsdp_tensor", "fsdp_expert"])
 def test_the_default_mesh_fits_any_number_of_devices(rules, devices):
     sizes = shape(mesh.default_sizes(rules, devices), devices)
     assert set(sizes) <= set(rules.split("_"))

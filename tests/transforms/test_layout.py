@@ -6,7 +6,9 @@ import pytest
 from flax import nnx
 
 from ropewalk.core.errors import ConfigError, LayoutError
+from ropewalk.layers import dispatch
 from ropewalk.layers.attention import Attention
+from ropewalk.layers.moe import MoE
 from ropewalk.ops import attention
 from ropewalk.parallel import mesh
 from ropewalk.parallel.axes import Placement
@@ -49,6 +51,25 @@ def test_a_layout_changes_how_a_model_runs_and_not_what_it_computes():
         np.testing.assert_allclose(logits, wanted, rtol=1e-5, atol=2e-5)
 
 
+def test_a_layout_says_how_tokens_come_to_experts():
+    model = tiny("mixtral").running("scan", "none").model()
+
+    def ways(**values):
+        layout = Layout.parse(values, "layout")
+        placed = layout.apply(model, layout.place())
+        return {m.dispatch for _, m in nnx.iter_modules(placed) if isinstance(m, MoE)}
+
+    assert ways() == ways(experts="dropless") == {dispatch.dropless}
+    assert ways(experts="dense") == {dispatch.dense}
+    ids = tokens()
+    wanted = jax.jit(lambda: model(ids)[0])()
+    assert len(ways(experts="capacity", capacity_factor=8.0)) == 1  # room for all
+    roomy = jax.jit(lambda: model(ids)[0])()
+    np.testing.assert_allclose(roomy, wanted, rtol=1e-5, atol=2e-5)
+    ways(experts="capacity", capacity_factor=0.5)
+    assert np.max(np.abs(jax.jit(lambda: model(ids)[0])() - wanted)) > 0.1
+
+
 def test_a_bare_string_names_the_rules():
     assert Layout.model_validate("fsdp_tensor") == Layout(rules="fsdp_tensor")
     assert set(Layout.model_json_schema()["properties"]["rules"]["enum"]) == set(RULES)
@@ -69,6 +90,7 @@ def test_place_takes_the_mesh_the_rules_need_or_the_one_that_is_named():
     [
         ({"rules": "zero"}, ["rules", "zero", "fsdp_tensor"]),
         ({"remat": "some"}, ["remat", "some", "dots_no_batch"]),
+        ({"experts": "dropping"}, ["experts", "dropping", "capacity"]),
         ({"atention": "auto"}, ["did you mean `attention`"]),
     ],
 )

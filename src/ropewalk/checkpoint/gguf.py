@@ -1,10 +1,10 @@
 """GGUF files in: a Hugging Face style config, dequantized tensors, the tokenizer's parts.
 
-Parsing and dequantization are the `gguf` package's. Knows no family: the architecture's name
-becomes `model_type`, and the family's rules say which rows a file interleaved.
+Parsing and dequantization are the `gguf` package's. Knows no family: a family's config says what
+such files call it and which keys it understands, and its rules what a file did to a tensor.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,7 +17,9 @@ from ropewalk.core.errors import ModelError
 from ropewalk.core.storage import regular_file
 from ropewalk.core.weights import Rule
 
-SUPPORTED = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q4_K", "Q6_K")
+SUPPORTED = (
+    "F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q4_K", "Q5_K", "Q6_K",
+)  # fmt: skip
 ROPE_FREQS = "rope_freqs.weight"
 
 _MAX = float(np.finfo(np.float32).max)
@@ -34,6 +36,7 @@ TOKENIZER_PARTS = {
     "bos_token_id": Keys.Tokenizer.BOS_ID,
     "eos_token_id": Keys.Tokenizer.EOS_ID,
     "eot_token_id": Keys.Tokenizer.EOT_ID,
+    "eom_token_id": Keys.Tokenizer.EOM_ID,
     "pad_token_id": Keys.Tokenizer.PAD_ID,
     "unk_token_id": Keys.Tokenizer.UNK_ID,
     "add_bos_token": Keys.Tokenizer.ADD_BOS,
@@ -42,9 +45,24 @@ TOKENIZER_PARTS = {
     "chat_template": Keys.Tokenizer.CHAT_TEMPLATE,
 }
 
+# Keys that cannot change what the model computes from its weights, each with the values at which
+# that holds; None for any.
+_HARMLESS: dict[str, tuple[Any, ...] | None] = {
+    Keys.LLM.VOCAB_SIZE: None,  # the embedding has it
+    Keys.LLM.TENSOR_DATA_LAYOUT: None,  # in files of 2023
+    Keys.Rope.SCALING_FINETUNED: None,
+    Keys.Attention.CAUSAL: (True,),
+    Keys.LLM.EXPERT_COUNT: (0,),
+    Keys.LLM.EXPERT_USED_COUNT: (0,),
+}
+
 
 class File:
-    """An open GGUF file: `config`, `tokenizer`, and the tensors through `reader`."""
+    """An open GGUF file: `config`, `tokenizer`, and the tensors through `reader`.
+
+    `architecture` is its name of the family; `config` is what the files of all families say, in
+    the words of Hugging Face.
+    """
 
     def __init__(self, path: str | Path) -> None:
         """Reads the metadata.
@@ -73,6 +91,7 @@ class File:
             raise ModelError(
                 f"{path}: is one of {parts} parts; join them with `llama-gguf-split --merge`"
             )
+        self._read = set[str]()
         self.architecture = str(self._key(Keys.General.ARCHITECTURE))
         self.config = self._config()
 
@@ -88,6 +107,36 @@ class File:
             for part, key in TOKENIZER_PARTS.items()
             if key in self.metadata
         }
+
+    def described(self, understood: Collection[str]) -> dict[str, Any]:
+        """`config` with what this file says beyond it, of the names that its family understands.
+
+        Raises ModelError for a key of the architecture that then is left over.
+        """
+        readers = {
+            "sliding_window": (Keys.Attention.SLIDING_WINDOW, self._count),
+            "layer_types": (Keys.Attention.SLIDING_WINDOW_PATTERN, self._layer_types),
+            "rope_local_base_freq": (Keys.Rope.FREQ_BASE_SWA, self._real),
+            "attn_logit_softcapping": (Keys.LLM.ATTN_LOGIT_SOFTCAPPING, self._real),
+            "final_logit_softcapping": (Keys.LLM.FINAL_LOGIT_SOFTCAPPING, self._real),
+        }
+        config = self.config | {
+            name: read(key)
+            for name, (key, read) in readers.items()
+            if name in understood and self._has(key)
+        }
+        harmless = {self._name(key): values for key, values in _HARMLESS.items()}
+        for key, value in self.metadata.items():
+            known = key in self._read or not key.startswith(f"{self.architecture}.")
+            if not known and key in harmless:
+                values = harmless[key]
+                known = values is None or value in values
+            if not known:
+                raise ModelError(
+                    f"{self.path}: metadata key `{key}` is {value!r:.80}, which is not understood "
+                    "and could change what the model computes; use its Hugging Face directory"
+                )
+        return config
 
     def reader(self, rules: Iterable[Rule]) -> "Reader":
         """The tensors under the names that a family's rules use."""
@@ -108,8 +157,12 @@ class File:
         values = dequantize(tensor.data, tensor.tensor_type)
         return values.reshape(_shape(tensor)).astype(np.float32, copy=False)
 
+    def _has(self, key: str) -> bool:
+        return self._name(key) in self.metadata
+
     def _key(self, key: str, default: Any = None) -> Any:
         name = self._name(key)
+        self._read.add(name)
         value = self.metadata.get(name, default)
         if value is None:
             raise ModelError(
@@ -136,6 +189,18 @@ class File:
             )
         return _decimal(value)
 
+    def _layer_types(self, key: str) -> list[str]:
+        """From a flag a layer, or a number n: every n-th sees all, none does where n is 0."""
+        value, layers = self._key(key), self.config["num_hidden_layers"]
+        if type(value) is int and value >= 0:
+            value = [not value or (layer + 1) % value != 0 for layer in range(layers)]
+        if not isinstance(value, list) or len(value) != layers:
+            raise ModelError(
+                f"{self.path}: metadata key `{self._name(key)}` is {value!r:.80}, expected a "
+                f"number >= 0, or a flag for each of the {layers} layers"
+            )
+        return ["sliding_attention" if windowed else "full_attention" for windowed in value]
+
     def _name(self, key: str) -> str:
         return key.format(arch=self.architecture) if "{arch}" in key else key
 
@@ -161,7 +226,6 @@ class File:
                 "be a matrix"
             )
         config = {
-            "model_type": self.architecture,
             "vocab_size": _shape(embedding)[0],
             "hidden_size": hidden,
             "intermediate_size": self._count(Keys.LLM.FEED_FORWARD_LENGTH),
@@ -186,17 +250,18 @@ class File:
 
     def _rope_scaling(self, head_dim: int, theta: float) -> dict[str, Any] | None:
         original = {}
-        if self._name(Keys.Rope.SCALING_ORIG_CTX_LEN) in self.metadata:
+        if self._has(Keys.Rope.SCALING_ORIG_CTX_LEN):
             original = {
                 "original_max_position_embeddings": self._count(Keys.Rope.SCALING_ORIG_CTX_LEN)
             }
         if ROPE_FREQS in self.tensors:
             return self._banded_scaling(head_dim, theta, **original)
-        linear = self._real("{arch}.rope.scale_linear", 1.0)  # in files of 2023
-        kind = self._key(Keys.Rope.SCALING_TYPE, "none")
-        if kind == "none":
-            return {"rope_type": "linear", "factor": linear} if linear != 1 else None
-        return {"rope_type": kind, "factor": self._real(Keys.Rope.SCALING_FACTOR), **original}
+        old = self._real("{arch}.rope.scale_linear", 1.0)  # in files of 2023
+        factor = self._real(Keys.Rope.SCALING_FACTOR, old)
+        kind = self._key(Keys.Rope.SCALING_TYPE, "linear")
+        if kind == "none" or (kind == "linear" and factor == 1):
+            return None
+        return {"rope_type": kind, "factor": factor, **(original if kind != "linear" else {})}
 
     def _banded_scaling(
         self, head_dim: int, theta: float, original_max_position_embeddings: int = 8192
@@ -235,12 +300,6 @@ class Reader:
 
         Raises ModelError for an architecture that it does not know.
         """
-        rules = list(rules)
-        if any(rule.gguf == "unknown" for rule in rules):
-            raise ModelError(
-                f"{file.path}: GGUF files of `{file.architecture}` models are not supported; use a "
-                "Hugging Face directory"
-            )
         self.file = file
         self.place = str(file.path)
         self._pairs = dict(_names(file, rules))
@@ -257,7 +316,7 @@ class Reader:
         tensor = self.file.dequantized(theirs)
         if rule.gguf == "rope_pairs":
             return _apart(tensor, self.file.config["head_dim"])
-        return tensor
+        return tensor - 1 if rule.gguf == "plus_one" else tensor
 
 
 class _BoundedReader(GGUFReader):

@@ -60,7 +60,7 @@ def read(directory: str | Path) -> Directory:
     config = read_config(root)
     _refuse_pickles(root)
     stored = safetensors.Reader(root)
-    reader = Mxfp4(stored) if config.pop(_QUANTIZATION, None) else stored
+    reader = Mxfp4(stored) if config.get(_QUANTIZATION) else stored
     present = [root / name for name in TOKENIZER_FILES if os.path.lexists(root / name)]
     for path in present:
         regular_file(path, root)

@@ -14,7 +14,7 @@ import numpy as np
 from flax import nnx
 
 from ropewalk import models
-from ropewalk.checkpoint import hf, manager, safetensors, weights
+from ropewalk.checkpoint import hf, manager, readers, safetensors, weights
 from ropewalk.checkpoint.integrity import MANIFEST, read_manifest
 from ropewalk.core import dtypes
 from ropewalk.core.errors import CheckpointError, ConfigError, ModelError
@@ -73,10 +73,10 @@ class Pretrained:
             raise ModelError(
                 f"token {outside} is outside the vocabulary of {self.config.vocab_size}"
             )
-        if ids.shape[1] > self.config.max_position_embeddings:
+        if ids.shape[1] > self.config.longest():
             raise ModelError(
                 f"{ids.shape[1]} tokens are more than the model's "
-                f"{self.config.max_position_embeddings} positions; "
+                f"{self.config.longest()} positions; "
                 f"shorten the sequence"
             )
         return np.asarray(self._logits(self.params, jnp.asarray(ids, jnp.int32)))
@@ -304,16 +304,17 @@ def _hf(path: Path) -> Source:
     def tokenizer() -> Tokenizer | None:
         return tokenizers.load(path) if directory.tokenizer_files else None
 
-    tensors = directory.reader.tensors
     read = _reading(named, directory.reader)
-    return Source("Hugging Face directory", named, tensors, str(dtype), read, tokenizer)
+    return Source("Hugging Face directory", named, directory.tensors, str(dtype), read, tokenizer)
 
 
 def _gguf(path: Path) -> Source:
     from ropewalk.checkpoint import gguf  # start-up time
 
     file = gguf.read(path)
-    named = models.from_hf(file.config, str(path))
+    family = models.from_gguf(file.architecture, str(path))
+    described = file.described(family.Config.model_fields)
+    named = models.Named(family, family.Config.from_gguf(described, str(path)))
 
     def tokenizer() -> Tokenizer:
         return _gguf_tokenizer(file.tokenizer, str(path))
@@ -322,27 +323,33 @@ def _gguf(path: Path) -> Source:
     return Source("GGUF file", named, file.tensors, "float32", read, tokenizer)
 
 
-def _reading(named: models.Named, reader: weights.Reader) -> Any:
+def _reading(named: models.Named, reader: readers.Reader) -> Any:
     def read(dtype: str, shardings: Place) -> dict[str, jax.Array]:
         rules, specs = named.family.WEIGHTS, table(abstract(*named))
-        return weights.load_into(reader, rules, specs, shardings=shardings, dtype=dtype)
+        unused = named.config.unused()
+        return weights.load_into(reader, rules, specs, shardings, dtype, unused)
 
     return read
 
 
 def _gguf_tokenizer(found: dict[str, Any], name: str) -> Tokenizer:
     known = {"tokens", "merges", "scores", "pre"} & found.keys()
-    flags = {"add_bos": "add_bos_token", "add_space_prefix": "add_space_prefix"}
+    others = {
+        "add_bos": "add_bos_token",
+        "add_space_prefix": "add_space_prefix",
+        "unk_id": "unk_token_id",
+    }
     described = parts.Parts(
         model=found["kind"],
         token_type=found.get("token_types", ()),
         **{key: found[key] for key in known},
-        **{ours: found[theirs] for ours, theirs in flags.items() if theirs in found},
+        **{ours: found[theirs] for ours, theirs in others.items() if theirs in found},
     )
-    ends = [found[key] for key in ("eos_token_id", "eot_token_id") if key in found]
+    turn = found.get("eot_token_id", parts.end_of_turn(described))
+    ends = [found.get("eos_token_id"), turn, found.get("eom_token_id")]
     roles = tokenizers.Roles(
         found.get("bos_token_id"),
-        tuple(dict.fromkeys(ends)),
+        tuple(dict.fromkeys(end for end in ends if end is not None)),
         found.get("pad_token_id"),
         found.get("chat_template"),
     )

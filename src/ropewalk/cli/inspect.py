@@ -9,6 +9,8 @@ import typer
 
 # What a checkpoint keeps beside the model.
 _BESIDE = ("opt_state", "extra", "step")
+# What a token costs depends on how many others it sees: of a sequence of so many.
+_LENGTH = 4096
 
 
 def inspect(
@@ -19,7 +21,7 @@ def inspect(
         bool, typer.Option("--json", help="as one JSON object, the whole config included")
     ] = False,
 ) -> None:
-    """What is in it: parameters, shapes, dtypes, bytes."""
+    """What is in it: parameters, shapes, dtypes, bytes, operations a token."""
     from ropewalk.checkpoint import pretrained  # start-up time
 
     place = Path(path).expanduser()
@@ -31,6 +33,10 @@ def inspect(
         kind, named, rows = _described(path)
     model = [shape for name, shape, _, _ in rows if name.partition(".")[0] not in _BESIDE]
     total = {"parameters": sum(map(math.prod, model)), "bytes": sum(size for *_, size in rows)}
+    whole = pretrained.abstract(*named)
+    length = min(_LENGTH, named.config.longest())
+    total["active_parameters"] = round(whole.active())
+    total["flops_per_token"] = round(whole.flops(1, length))
     config = {"family": named.config.family(), **named.config.model_dump(mode="json")}
     if as_json:
         listed = [{"name": n, "shape": s, "dtype": d, "bytes": b} for n, s, d, b in rows]
@@ -44,6 +50,10 @@ def inspect(
         )
     print(f"{kind} {path}: {config.pop('family')}, {len(rows)} tensors")
     print(f"{total['parameters']:,} parameters; {_amount(total['bytes'])} in all")
+    print(
+        f"{total['active_parameters']:,} of them work on a token; "
+        f"{total['flops_per_token'] / 1e9:,.3g} GFLOP a token forward, in {length} tokens"
+    )
     print(
         "  ".join(f"{key}={value}" for key, value in config.items() if not isinstance(value, dict))
     )

@@ -1,6 +1,7 @@
 """Gated DeltaNet: a mixer whose memory of a sequence has a fixed size. arXiv:2412.06464"""
 
 import dataclasses
+import math
 from typing import Any
 
 import jax
@@ -14,6 +15,9 @@ from ropewalk.layers.norm import RMSNorm
 from ropewalk.ops import convolution, delta_rule
 from ropewalk.parallel.axes import shard
 
+# At the start a head forgets rate * step of what it knows with every token: rates are uniform up to
+# 16, steps log-uniform from 0.001 to 0.1. arXiv:2405.21060
+_LOG_STEPS = math.log(1e-3), math.log(1e-1)
 # Added to the squared length of a query or key.
 _LENGTH_EPS = 1e-6
 
@@ -39,24 +43,22 @@ class GatedDelta(nnx.Module):
     between projections. Sees nothing of another document, nor of padding."""
 
     def __init__(self, spec: Spec, *, rngs: nnx.Rngs):
-        d, k, n, width = spec.hidden, spec.key_heads, spec.value_heads, spec.width
+        d, k, n = spec.hidden, spec.key_heads, spec.value_heads
         keys, values = (k, spec.key_dim), (n, spec.value_dim)
         key_axes, value_axes = ("kv_heads", "head_dim"), ("heads", "head_dim")
         self.spec = spec
-        self.query = Linear((d,), keys, ("embed", *key_axes), rngs=rngs)
-        self.key = Linear((d,), keys, ("embed", *key_axes), rngs=rngs)
-        self.value = Linear((d,), values, ("embed", *value_axes), rngs=rngs)
-        self.gate = Linear((d,), values, ("embed", *value_axes), rngs=rngs)
-        self.query_filter = Filter(keys, key_axes, width, rngs=rngs)
-        self.key_filter = Filter(keys, key_axes, width, rngs=rngs)
-        self.value_filter = Filter(values, value_axes, width, rngs=rngs)
+        self.query = Filtered(d, keys, key_axes, spec.width, rngs=rngs)
+        self.key = Filtered(d, keys, key_axes, spec.width, rngs=rngs)
+        self.value = Filtered(d, values, value_axes, spec.width, rngs=rngs)
         self.beta = Linear((d,), (k, n // k), ("embed", *key_axes), rngs=rngs)
         self.decay = Linear((d,), (k, n // k), ("embed", *key_axes), rngs=rngs)
         rates = jax.random.uniform(rngs.params(), (n,), jnp.float32, 0.01, 16.0)
         self.a_log = nnx.Param(jnp.log(rates), axes=("heads",))
-        self.dt_bias = nnx.Param(jnp.ones(n, jnp.float32), axes=("heads",))
+        steps = jnp.exp(jax.random.uniform(rngs.params(), (n,), jnp.float32, *_LOG_STEPS))
+        self.dt_bias = nnx.Param(jnp.log(jnp.expm1(steps)), axes=("heads",))
         self.norm = RMSNorm(spec.value_dim, eps=spec.norm_eps, axes=("head_dim",))
-        self.out = Linear(values, (d,), (*value_axes, "embed"), std=spec.out_std, rngs=rngs)
+        self.norm_gate = Linear((d,), values, ("embed", *value_axes), rngs=rngs)
+        self.readout = Linear(values, (d,), (*value_axes, "embed"), std=spec.out_std, rngs=rngs)
 
     def __call__(
         self, x: jax.Array, ctx: Context, cache: Recurrent | None = None
@@ -68,18 +70,19 @@ class GatedDelta(nnx.Module):
         stored, documents = ctx.segment_ids > 0, document_numbers(ctx.segment_ids)
         before = self.init_cache(x.shape[0], x.shape[1], x.dtype) if cache is None else cache
         (q, k, v), inputs = self._filtered(x, documents, stored, before.inputs)
-        q = _unit(q, self.spec.key_dim**-0.5)
+        q, k = _unit(q, self.spec.key_dim**-0.5), _unit(k)
         rule = delta_rule.recurrent if x.shape[1] == 1 else delta_rule.chunked
-        y, state = rule(q, _unit(k), v, *self._rates(x), documents, stored, before.state)
-        y = self.norm(y) * jax.nn.silu(self.gate(x).astype(jnp.float32))
-        y = self.out(shard(y.astype(x.dtype), "batch", "time", "heads", None))
+        y, state = rule(q, k, v, *self._rates(x), documents, stored, before.state)
+        y = self.norm(y) * jax.nn.silu(self.norm_gate(x).astype(jnp.float32))
+        y = self.readout(shard(y.astype(x.dtype), "batch", "time", "heads", None))
         return y, None if cache is None else Recurrent(state, inputs)
 
     def init_cache(self, batch: int, length: int, dtype: Any) -> Recurrent:
         """An empty state for each of `batch` sequences; the same size for any `length`."""
         spec = self.spec
         state = jnp.zeros((batch, spec.value_heads, spec.key_dim, spec.value_dim), jnp.float32)
-        return Recurrent(state, jnp.zeros((batch, spec.width - 1, self._features()), dtype))
+        inputs = jnp.zeros((batch, spec.width - 1, sum(self._features())), dtype)
+        return Recurrent(state, inputs)
 
     def mixing_flops(self, length: int) -> float:
         """Operations of the convolutions and the chunked delta rule, mean of a token in sequences
@@ -87,32 +90,22 @@ class GatedDelta(nnx.Module):
         spec = self.spec
         state = 6 * spec.key_dim * spec.value_dim
         within = 2 * min(delta_rule.CHUNK, length) * (spec.key_dim + spec.value_dim)
-        return 2 * spec.width * self._features() + spec.value_heads * (state + within)
+        return 2 * spec.width * sum(self._features()) + spec.value_heads * (state + within)
 
-    def _features(self) -> int:
-        spec = self.spec
-        return 2 * spec.key_heads * spec.key_dim + spec.value_heads * spec.value_dim
+    def _features(self) -> tuple[int, int, int]:
+        """Of all queries, keys and values of a token."""
+        keys = self.spec.key_heads * self.spec.key_dim
+        return keys, keys, self.spec.value_heads * self.spec.value_dim
 
     def _filtered(self, x, documents, stored, carried):
-        """Queries, keys [b, t, k, h_k] and values [b, t, n, h_v] after their convolutions, and the
-        last inputs of these, [b, w - 1, features]."""
+        """Queries and keys [b, t, k, h_k], values [b, t, n, h_v], and their inputs that the next
+        call is to carry, [b, w - 1, features]."""
         places, last = convolution.earlier(documents, stored, self.spec.width)
-        parts = (
-            (self.query(x), self.query_filter, "kv_heads"),
-            (self.key(x), self.key_filter, "kv_heads"),
-            (self.value(x), self.value_filter, "heads"),
-        )
-        found, inputs, start = [], [], 0
-        for part, filter_, axis in parts:
-            part = shard(part, "batch", "time", axis, None)
-            lead, shape = carried.shape[:2], part.shape[2:]
-            stop = start + shape[0] * shape[1]
-            front = carried[..., start:stop].reshape(*lead, *shape)
-            found.append(jax.nn.silu(filter_(part, front, places)))
-            every = jnp.concatenate([front.astype(part.dtype), part], axis=1)
-            inputs.append(convolution.taken(every, last).reshape(*lead, -1))
-            start = stop
-        return found, jnp.concatenate(inputs, axis=-1).astype(carried.dtype)
+        first, second, _ = self._features()
+        parts = jnp.split(carried, [first, first + second], axis=-1)
+        each = zip((self.query, self.key, self.value), parts, strict=True)
+        found, inputs = zip(*(one(x, part, places, last) for one, part in each), strict=True)
+        return found, jnp.concatenate(inputs, axis=-1)
 
     def _rates(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
         """How much of each token is forgotten (its logarithm) and written, float32 [b, t, n]."""
@@ -124,19 +117,34 @@ class GatedDelta(nnx.Module):
         return -jnp.exp(a) * jax.nn.softplus(decay + bias), jax.nn.sigmoid(beta)
 
 
-class Filter(nnx.Module):
-    """A causal convolution of every feature by itself, over the last `width` tokens."""
+class Filtered(nnx.Module):
+    """A projection to heads, a causal convolution of every feature by itself, SiLU."""
 
     def __init__(
-        self, shape: tuple[int, ...], axes: tuple[str, ...], width: int, *, rngs: nnx.Rngs
+        self,
+        size: int,
+        shape: tuple[int, int],
+        axes: tuple[str, str],
+        width: int,
+        *,
+        rngs: nnx.Rngs,
     ):
+        self.axis = axes[0]
+        self.project = Linear((size,), shape, ("embed", *axes), rngs=rngs)
         most = width**-0.5
         value = jax.random.uniform(rngs.params(), (*shape, width), jnp.float32, -most, most)
-        self.weight = nnx.Param(value, axes=(*axes, "kernel"))
+        self.filter = nnx.Param(value, axes=(*axes, "kernel"))
 
-    def __call__(self, x: jax.Array, carried: jax.Array, places: jax.Array) -> jax.Array:
-        """As `ops.convolution.causal`."""
-        return convolution.causal(x, self.weight[...], carried, places)
+    def __call__(
+        self, x: jax.Array, carried: jax.Array, places: jax.Array, last: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        """x [b, t, d], carried [b, w - 1, n h], `places` and `last` of `convolution.earlier` ->
+        ([b, t, n, h], what the next call is to carry)."""
+        x = shard(self.project(x), "batch", "time", self.axis, None)
+        before = carried.reshape(*carried.shape[:2], *x.shape[2:]).astype(x.dtype)
+        y = jax.nn.silu(convolution.causal(x, self.filter[...], before, places))
+        after = convolution.taken(jnp.concatenate([before, x], axis=1), last)
+        return y, after.reshape(carried.shape).astype(carried.dtype)
 
 
 def document_numbers(segment_ids: jax.Array) -> jax.Array:

@@ -4,17 +4,18 @@ token dropped, or a fixed number of places an expert."""
 import functools
 import math
 from collections.abc import Callable
+from typing import cast
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from ropewalk.core.errors import LayoutError
 from ropewalk.layers.router import Choice
 from ropewalk.ops.experts import Act, Rows, Weights, experts
 from ropewalk.parallel.axes import Placement, on_one_device, partition, spread
 
 Dispatch = Callable[[jax.Array, Choice, Weights, Act, bool], jax.Array]
+
 
 def everywhere(dispatch: Dispatch) -> Dispatch:
     """The dispatch of one device, on each device of a mesh: for the tokens and with the experts, or
@@ -53,17 +54,14 @@ def _on_mesh(
     columns = place(weights.gate, "experts", None, "mlp")
     expert_axes, mlp_axes = _names(columns, 0), _names(columns, 2)
     swapped = tuple(name for name in expert_axes if name in _names(rows, 0))
-    places = Weights(
-        columns,
-        columns,
-        place(weights.down, "experts", "mlp", None),
-        *(
-            None if bias is None else place(bias, "experts", axis)
-            for bias, axis in zip(weights[3:], ("mlp", "mlp", None), strict=True)
-        ),
+    axes = ((None, "mlp"), (None, "mlp"), ("mlp", None), ("mlp",), ("mlp",), (None,))
+    places = tuple(
+        None if weight is None else place(weight, "experts", *each)
+        for weight, each in zip(weights, axes, strict=True)
     )
 
-    def local(x: jax.Array, choice: Choice, weights: Weights) -> jax.Array:
+    def local(x: jax.Array, choice: Choice, arrays: tuple[jax.Array | None, ...]) -> jax.Array:
+        weights = Weights(*cast("tuple[jax.Array, ...]", arrays))
         if swapped:
             x, choice = jax.tree.map(
                 lambda a: jax.lax.all_gather(a, swapped, axis=0, tiled=True), (x, choice)
@@ -71,7 +69,9 @@ def _on_mesh(
         if expert_axes:
             mine = weights.gate.shape[0]
             number = choice.expert - jax.lax.axis_index(expert_axes) * mine
-            choice = choice._replace(expert=jnp.where((0 <= number) & (number < mine), number, mine))
+            choice = choice._replace(
+                expert=jnp.where((number >= 0) & (number < mine), number, mine)
+            )
         if mlp_axes and weights.down_bias is not None:  # added once, not on every device
             first = jax.lax.axis_index(mlp_axes) == 0
             weights = weights._replace(down_bias=jnp.where(first, weights.down_bias, 0))
@@ -84,11 +84,11 @@ def _on_mesh(
     run = jax.shard_map(
         local,
         mesh=placement.mesh,
-        in_specs=(rows, Choice(rows, rows), places),
+        in_specs=(rows, rows, places),
         out_specs=rows,
         check_vma=False,
     )
-    return run(x, choice, weights)
+    return run(x, choice, tuple(weights))
 
 
 def _names(place: PartitionSpec, dim: int) -> tuple[str, ...]:
@@ -132,28 +132,39 @@ def capacity(factor: float) -> Dispatch:
     """As `dense`, but an expert has places for `factor` times its fair share of a row's choices;
     what comes after they are full is dropped, the choices of later tokens first."""
 
-    @everywhere
-    def dropping(
+    def dispatch(
         x: jax.Array, choice: Choice, weights: Weights, act: Act, on_input: bool
     ) -> jax.Array:
-        b, t, d = x.shape
-        k, e = choice.expert.shape[-1], weights.gate.shape[0]
-        places = min(t, max(1, math.ceil(factor * t * k / e)))
-        chosen = choice.expert[..., None] == jnp.arange(e)  # [b, t, k, e]
-        before = jnp.cumsum(jnp.any(chosen, axis=2), axis=1) - 1  # its place at each expert
-        place = jnp.sum(jnp.where(chosen, before[:, :, None], 0), axis=-1)  # [b, t, k]
-        place = jnp.where((choice.expert < e) & (place < places), place, places)
-        row = jnp.arange(b)[:, None, None]
-        sent = jnp.broadcast_to(x[:, :, None], (b, t, k, d))
-        share = choice.weight[..., None].astype(x.dtype)
-        sent = sent * share if on_input else sent
-        held = jnp.zeros((b, e, places, d), x.dtype)
-        held = held.at[row, choice.expert, place].set(sent, mode="drop")
-        y = _each(held, weights, act)
-        back = y.at[row, choice.expert, place].get(mode="fill", fill_value=0)
-        return jnp.sum(back if on_input else back * share, axis=2)
+        _, t, k = choice.expert.shape
+        places = max(1, math.ceil(factor * t * k / weights.gate.shape[0]))
+        if places >= t:  # nothing can overflow
+            return dropless(x, choice, weights, act, on_input)
+        return everywhere(functools.partial(_dropping, places))(x, choice, weights, act, on_input)
 
-    return dropping
+    return dispatch
+
+
+def _dropping(
+    places: int, x: jax.Array, choice: Choice, weights: Weights, act: Act, on_input: bool
+) -> jax.Array:
+    (b, _, d), e = x.shape, weights.gate.shape[0]
+    chosen = choice.expert[..., None] == jnp.arange(e)  # [b, t, k, e]
+    before = jnp.cumsum(jnp.any(chosen, axis=2), axis=1) - 1  # its place at each expert
+    place = jnp.sum(jnp.where(chosen, before[:, :, None], 0), axis=-1)  # [b, t, k]
+    place = jnp.where((choice.expert < e) & (place < places), place, places)
+    row = jnp.arange(b)[:, None, None]
+    share = choice.weight[..., None].astype(x.dtype)
+    sent = x[:, :, None] * share if on_input else jnp.broadcast_to(x[:, :, None], (*place.shape, d))
+    held = jnp.zeros((b, e, places, d), x.dtype)
+    held = held.at[row, choice.expert, place].set(sent, mode="drop")
+    y = _each(held, weights, act)
+    back = y.at[row, choice.expert, place].get(mode="fill", fill_value=0)
+    return jnp.sum(back if on_input else back * share, axis=2)
+
+
+def choose(name: str, factor: float) -> Dispatch:
+    """The dispatch of a layout's `experts`, with a capacity factor; `auto` drops nothing."""
+    return {"dense": dense, "capacity": capacity(factor)}.get(name, dropless)
 
 
 def _each(rows: jax.Array, weights: Weights, act: Act) -> jax.Array:

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from ropewalk.layers.linear import INIT_STD, Buffer
+from ropewalk.ops.matmul import project
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,11 +66,15 @@ class Router(nnx.Module):
         the squared log-normalisers of the logits.
         """
         routing = self.routing
-        logits = x.astype(jnp.float32) @ self.weight[...].astype(jnp.float32)
+        logits = project(x.astype(jnp.float32), self.weight[...])
         if self.bias is not None:
             logits += self.bias[...].astype(jnp.float32)
         scores = _SCORES[routing.score](logits)
-        rank = scores if self.selection_bias is None else scores + self.selection_bias[...]
+        # Scores that round to one (a sigmoid's) do not tie where only they are compared.
+        compared = routing.selection_bias or routing.group_score == "best_two"
+        rank = scores if compared else logits
+        if self.selection_bias is not None:
+            rank += self.selection_bias[...]
         _, expert = jax.lax.top_k(jax.lax.stop_gradient(self._within_groups(rank)), routing.top_k)
         weight = jnp.take_along_axis(scores, expert, axis=-1)
         if routing.renormalise:

@@ -19,7 +19,9 @@ class Pair(NamedTuple):
 @dataclasses.dataclass(frozen=True)
 class LossOutput:
     """The objective (its mean is what is minimised) and what else is worth knowing, each a pair of
-    float32 scalars."""
+    float32 scalars; and `reports`, arrays that add up over batches: `router_load` float32 [l, e],
+    how often each expert was chosen."""
 
     objective: Pair
     metrics: dict[str, Pair]
+    reports: dict[str, jax.Array] = dataclasses.field(default_factory=dict)

@@ -61,9 +61,10 @@ class Config(Grouped):
     def _usual(cls, values: dict[str, Any]) -> dict[str, Any]:
         """A pattern is the same said by its interval or layer by layer."""
         kinds = tuple(values.get("layer_types") or ())
-        if "full_attention" in kinds:
-            interval = kinds.index("full_attention") + 1
-            if kinds == _every(interval, len(kinds)):
+        said = values.get("full_attention_interval") or 4
+        first = kinds.index("full_attention") + 1 if "full_attention" in kinds else said
+        for interval in (said, first):
+            if kinds and kinds == _every(interval, len(kinds)):
                 return {**values, "full_attention_interval": interval, "layer_types": None}
         return values
 

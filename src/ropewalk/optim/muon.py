@@ -44,10 +44,14 @@ def build(
 
 
 def dimensions(spec: Spec) -> MuonDimensionNumbers | None:
-    """Which dims of a parameter are the two sides of its matrix: the hidden features, and all
-    others but `layers`."""
+    """Which dims of a parameter are the two sides of its matrix: the hidden (or else the latent)
+    features, and all others but those that count matrices, `layers` and experts in front."""
     if kind(spec) != "matrix":
         return None
-    hidden = tuple(dim for dim, axis in enumerate(spec.axes) if axis == "embed")
-    other = tuple(dim for dim, axis in enumerate(spec.axes) if axis not in ("embed", "layers"))
+    first = next(dim for dim, axis in enumerate(spec.axes) if axis != "layers")
+    first += spec.axes[first] == "experts"
+    dims = range(first, len(spec.axes))
+    feature = "embed" if "embed" in spec.axes else "latent"
+    hidden = tuple(dim for dim in dims if spec.axes[dim] == feature)
+    other = tuple(dim for dim in dims if spec.axes[dim] != feature)
     return MuonDimensionNumbers(*((hidden, other) if hidden[0] < other[0] else (other, hidden)))

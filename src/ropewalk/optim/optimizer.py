@@ -9,7 +9,7 @@ import pydantic
 
 from ropewalk.core.config import Config
 from ropewalk.core.paths import Spec
-from ropewalk.optim import muon
+from ropewalk.optim import muon, router_bias
 from ropewalk.optim.schedule import Schedule
 from ropewalk.parallel.axes import Kind, kind
 
@@ -31,10 +31,14 @@ class Optimizer(Config):
     """largest global norm of the gradient"""
     matrix_learning_rate: float | None = pydantic.Field(default=None, gt=0)
     """muon: the peak for matrices; by default the same, which its updates are scaled for"""
+    router_bias_rate: float = pydantic.Field(default=0.0, ge=0)
+    """how far a router's selection bias moves in a step towards experts that were chosen less often
+    than others; 0 leaves it as it is"""
 
     def build(self, steps: int, table: Mapping[str, Spec]) -> optax.GradientTransformation:
-        """The optax chain for parameters `path -> array` described by `table`, over a run of
-        `steps`."""
+        """The optax chain for the trained parameters `path -> array` described by `table`, over a
+        run of `steps`."""
+        table = {path: spec for path, spec in table.items() if spec.trained}
         rate = self.schedule.build(self.learning_rate, steps)
         mask = {path: kind(spec) in self.decayed for path, spec in table.items()}
         rule = optax.adamw(
@@ -46,3 +50,9 @@ class Optimizer(Config):
             rule = muon.build(matrix_rate, rule, self.epsilon, self.weight_decay, mask, table)
         clip = optax.clip_by_global_norm(self.clip) if self.clip else optax.identity()
         return optax.chain(clip, rule)
+
+    def post_update(self, table: Mapping[str, Spec]) -> router_bias.Update:
+        """What an update does beside: (weights that no gradient moves, the loss's reports) -> those
+        weights. Raises ConfigError where the model has nothing that `router_bias_rate` could
+        move."""
+        return router_bias.build(self.router_bias_rate, table)

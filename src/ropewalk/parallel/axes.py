@@ -7,7 +7,7 @@ guesses from a path.
 import contextlib
 import contextvars
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Literal
 
 import jax
@@ -26,6 +26,8 @@ PARAMETER_AXES = {
     "heads": "query heads",
     "kv_heads": "key and value heads",
     "head_dim": "features of one head",
+    "experts": "experts of a layer",
+    "kernel": "tokens that a short convolution sees",
     "latent": "compressed features between two products",
     "positions": "learned positions",
 }
@@ -60,7 +62,8 @@ _placement: contextvars.ContextVar[Placement | None] = contextvars.ContextVar(
 def kind(spec: Spec) -> Kind:
     """What a parameter is to an optimizer: a table over the vocabulary or positions, a product's
     matrix, or a scale or bias."""
-    axes = set(spec.axes) - {"layers"}
+    names = [axis for axis in spec.axes if axis != "layers"]
+    axes = set(names[1:] if names[:1] == ["experts"] else names)  # of one expert
     if axes & {"vocab", "positions"}:
         return "embedding"
     return "matrix" if axes & {"embed", "latent"} and len(axes) > 1 else "vector"
@@ -84,18 +87,41 @@ def platform() -> str:
     return placement.platform if placement else jax.default_backend()
 
 
-def shard(x: jax.Array, *axes: str | None) -> jax.Array:
-    """Constrains an activation to lie as its logical axes say; without a mesh it is returned as it
-    came.
+def spread() -> Placement | None:
+    """Where the program being traced is placed, if that is more than one device."""
+    placement = _placement.get()
+    return placement if placement and placement.mesh.size > 1 else None
+
+
+@contextlib.contextmanager
+def on_one_device() -> Iterator[None]:
+    """While the part of a program that each device runs by itself is traced: `shard` constrains
+    nothing, `platform` answers as around it."""
+    placement = _placement.get()
+    if placement is not None:
+        first = placement.mesh.devices[(slice(0, 1),) * placement.mesh.devices.ndim]
+        placement = Placement(Mesh(first, placement.mesh.axis_names), placement.rules)
+    with placed(placement):
+        yield
+
+
+def partition(shape: Sequence[int], axes: Sequence[str | None], on: Placement) -> PartitionSpec:
+    """How an activation of a shape lies as its logical axes say.
 
     A dimension that its mesh axes do not divide stays whole (one sequence cannot be split over
     eight devices).
     """
-    placement = _placement.get()
-    if placement is None or placement.mesh.size == 1:
+    return _partition(axes, on, fits=lambda dim, ways: shape[dim] % ways == 0)
+
+
+def shard(x: jax.Array, *axes: str | None) -> jax.Array:
+    """Constrains an activation to lie as its logical axes say (`partition`); without a mesh it is
+    returned as it came."""
+    placement = spread()
+    if placement is None:
         return x
-    spec = _partition(axes, placement, fits=lambda dim, ways: x.shape[dim] % ways == 0)
-    return jax.lax.with_sharding_constraint(x, NamedSharding(placement.mesh, spec))
+    place = NamedSharding(placement.mesh, partition(x.shape, axes, placement))
+    return jax.lax.with_sharding_constraint(x, place)
 
 
 def shardings(table: Mapping[str, Spec], placement: Placement) -> dict[str, NamedSharding]:

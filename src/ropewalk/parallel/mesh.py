@@ -32,13 +32,13 @@ def build(sizes: dict[str, int], devices: Sequence[Any] | None = None) -> Mesh:
 
 
 def default_sizes(rules: str, devices: int) -> dict[str, int]:
-    """The mesh a rule table is meant for: pairs of devices along `tensor`, the rest along
-    `fsdp`."""
+    """The mesh a rule table is meant for: pairs of devices along `tensor` or `expert`, the rest
+    along `fsdp`."""
     if rules == "tensor":
         return {"tensor": -1}
-    if rules == "fsdp_tensor":
-        return {"fsdp": -1, "tensor": math.gcd(devices, 2)}
-    return {"fsdp": -1}
+    second = rules.removeprefix("fsdp_")
+    pairs = {} if second == rules else {second: math.gcd(devices, 2)}
+    return {"fsdp": -1, **pairs}
 
 
 def _filled(sizes: dict[str, int], devices: int) -> dict[str, int]:

@@ -16,4 +16,5 @@ RULES: dict[str, Rules] = {
     "fsdp": {**_BATCH, **_FSDP},
     "tensor": {**_BATCH, **_TENSOR},
     "fsdp_tensor": {**_BATCH, **_FSDP, **_TENSOR},
+    "fsdp_expert": {**_BATCH, "batch": ("data", "fsdp", "expert"), **_FSDP, "experts": ("expert",)},
 }

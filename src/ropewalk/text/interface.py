@@ -148,6 +148,8 @@ class Tokenizer(ABC):
             files["tokenizer_config.json"] = json.dumps(
                 config, indent=2, ensure_ascii=False
             ).encode()
+        if len(self.eos_ids) > 1:  # the other file has room for one
+            files["generation_config.json"] = json.dumps({"eos_token_id": self.eos_ids}).encode()
         return files
 
 

@@ -26,6 +26,12 @@ _LLAMA3 = (
 _LONE_DIGITS = _LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")
 _DIGIT = r"\p{N}"
 
+# Llama 3 takes a word that is a token whole, whatever the merges say.
+_WHOLE_WORDS = ("llama-bpe", "llama3")
+
+# How a turn ends, which files say in the token's text alone where they name no token for it.
+END_OF_TURN = ("<|eot_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>")
+
 SPLITS: dict[str, tuple[str, ...]] = {
     "gpt-2": (_GPT2,),
     "smollm": (_DIGIT, _GPT2),
@@ -51,8 +57,15 @@ class Parts:
     scores: Sequence[float] = ()
     token_type: Sequence[int] = ()
     pre: str = "gpt-2"
-    add_bos: bool = False
+    unk_id: int | None = None
+    add_bos: bool | None = None
+    """where a file is silent, sentencepiece and Llama 3's BPE do"""
     add_space_prefix: bool = True
+
+    def starts_with_bos(self) -> bool:
+        """Whether BOS goes before a prompt."""
+        usual = self.model == "llama" or self.pre in _WHOLE_WORDS
+        return usual if self.add_bos is None else self.add_bos
 
 
 def build(parts: Parts, roles: Roles, name: str = "gguf") -> Tokenizer:
@@ -69,6 +82,12 @@ def build(parts: Parts, roles: Roles, name: str = "gguf") -> Tokenizer:
     raise DataError(f"{name}: tokenizer model `{parts.model}` is not supported; gpt2 and llama are")
 
 
+def end_of_turn(parts: Parts) -> int | None:
+    """The id of the first control token whose text is one of END_OF_TURN, or None."""
+    pairs = enumerate(zip(parts.tokens, parts.token_type, strict=False))  # `build` compares them
+    return next((i for i, (token, kind) in pairs if kind == CONTROL and token in END_OF_TURN), None)
+
+
 def _byte_level(parts: Parts, roles: Roles, name: str) -> Tokenizer:
     if parts.pre not in SPLITS:
         raise DataError(
@@ -81,10 +100,8 @@ def _byte_level(parts: Parts, roles: Roles, name: str) -> Tokenizer:
         merges.append((left, right))
     vocab = {token: i for i, token in enumerate(parts.tokens)}
     try:
-        # Llama 3 takes a word that is a token whole, whatever the merges say.
-        model = models.BPE(
-            vocab=vocab, merges=merges, ignore_merges=parts.pre in ("llama-bpe", "llama3")
-        )
+        whole = parts.pre in _WHOLE_WORDS
+        model = models.BPE(vocab=vocab, merges=merges, ignore_merges=whole)
     except Exception as error:  # the library raises bare Exception
         raise DataError(f"{name}: its tokens and merges do not fit together: {error}") from None
     backend = tokenizers.Tokenizer(model)
@@ -103,7 +120,7 @@ def _byte_level(parts: Parts, roles: Roles, name: str) -> Tokenizer:
             if kind in (CONTROL, USER_DEFINED)
         ]
     )
-    if parts.add_bos and roles.bos_id is not None:
+    if parts.starts_with_bos() and roles.bos_id is not None:
         bos = parts.tokens[roles.bos_id]
         backend.post_processor = processors.TemplateProcessing(
             single=f"{bos} $A", special_tokens=[(bos, roles.bos_id)]
@@ -131,9 +148,15 @@ def _sentencepiece(parts: Parts, roles: Roles, name: str) -> Tokenizer:
     normalizer.remove_extra_whitespaces = False
     normalizer.escape_whitespaces = True
     types = list(parts.token_type) or [NORMAL] * len(parts.tokens)
+    if parts.unk_id is not None:
+        if not 0 <= parts.unk_id < len(types):
+            raise DataError(f"{name}: unknown token {parts.unk_id} is outside its {len(types)} ids")
+        types[parts.unk_id] = UNKNOWN
     for i, (token, score, kind) in enumerate(zip(parts.tokens, parts.scores, types, strict=True)):
+        if kind == USER_DEFINED:  # its blanks are as in the text, and not escaped
+            token = token.replace(" ", "\u2581")
         proto.pieces.add(piece=token, score=score, type=kind)
         if kind == UNKNOWN:
             trainer.unk_id = i
             trainer.unk_piece = token
-    return SentencePieceTokenizer(proto.SerializeToString(), name, roles, parts.add_bos)
+    return SentencePieceTokenizer(proto.SerializeToString(), name, roles, parts.starts_with_bos())

@@ -119,6 +119,7 @@ class SentencePieceTokenizer(Tokenizer):
     def _model_config(self) -> dict[str, Any]:
         # `legacy`, in Hugging Face's sense, is what the sentencepiece library does with blanks
         kind = {"tokenizer_class": "LlamaTokenizer", "legacy": True}
+        kind["add_prefix_space"] = self.vocabulary.leading_space
         return {**kind, "add_bos_token": self._add_bos, "add_eos_token": False}
 
     def _read_vocabulary(self) -> Vocabulary:

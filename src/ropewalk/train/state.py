@@ -2,7 +2,7 @@
 starts."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import jax
@@ -21,12 +21,18 @@ class State:
     params: dict[str, jax.Array]
     """trainable, by path"""
     frozen: dict[str, jax.Array]
+    """what no optimizer touches, by path"""
     opt_state: Any
     step: jax.Array
     """int32: batches seen"""
     extra: dict[str, jax.Array]
     """`skipped` and `skipped_in_a_row`: int32 counts of updates dropped for a non-finite loss or
     gradient"""
+
+    @property
+    def weights(self) -> dict[str, jax.Array]:
+        """All of the model's, by path."""
+        return self.params | self.frozen
 
     def tree(self) -> dict[str, Any]:
         """The state as nested dicts of arrays by path: the layout of a checkpoint."""
@@ -45,17 +51,22 @@ class State:
 
 
 def fresh(
-    params: dict[str, jax.Array], optimizer: optax.GradientTransformation, dtype: Any
+    weights: dict[str, jax.Array],
+    optimizer: optax.GradientTransformation,
+    dtype: Any,
+    frozen: Collection[str] = (),
 ) -> State:
-    """The state before the first step, with weights of `dtype`; traceable.
+    """The state before the first step, with trained weights of `dtype`; traceable. `frozen` are the
+    paths of those that no optimizer touches; they stay as they are.
 
     The optimizer's state is float32 like its gradients: a bfloat16 mean of squares stands still
     once its changes fall below 0.4 %.
     """
-    params = {path: value.astype(dtype) for path, value in params.items()}
+    kept = {path: value for path, value in weights.items() if path in frozen}
+    params = {path: value.astype(dtype) for path, value in weights.items() if path not in frozen}
     opt_state = optimizer.init({path: value.astype(jnp.float32) for path, value in params.items()})
     zero = jnp.zeros((), jnp.int32)
-    return State(params, {}, opt_state, zero, {"skipped": zero, "skipped_in_a_row": zero})
+    return State(params, kept, opt_state, zero, {"skipped": zero, "skipped_in_a_row": zero})
 
 
 def place(abstract: State, table: Mapping[str, Spec], placement: Placement) -> State:

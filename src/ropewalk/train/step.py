@@ -10,12 +10,15 @@ import optax
 
 from ropewalk.layers.lm import with_parameters
 from ropewalk.losses.output import LossOutput
+from ropewalk.losses.router import max_load
 from ropewalk.parallel.axes import Placement, placed
 from ropewalk.train.state import State
 
 Batch = dict[str, jax.Array]
 Loss = Callable[[Any, Batch, jax.Array], LossOutput]
 Step = Callable[[State, Batch], tuple[State, dict[str, Any]]]
+Arrays = dict[str, jax.Array]
+PostUpdate = Callable[[Arrays, Arrays], Arrays]
 
 
 def make_step(
@@ -27,17 +30,17 @@ def make_step(
     rate: optax.Schedule,
     accumulate: int,
     seed: int,
+    post_update: PostUpdate = lambda frozen, reports: frozen,
 ) -> Step:
     """The step `(state, batch) -> (state, metrics)`, to be jitted; batch arrays are [b, t].
 
     `structure` is the abstract model. A batch is cut into `accumulate` micro-batches whose gradient
     sums are divided once by the weight of all, so that they give the gradient of one batch. `rate`
-    is the schedule that `optimizer` follows, and is only reported.
+    is the schedule that `optimizer` follows, and is only reported. `post_update` makes the weights
+    that no gradient moves from those before and what the loss of the whole batch reports.
     """
 
-    def sums(
-        params: dict[str, jax.Array], frozen: dict[str, jax.Array], batch: Batch, key: jax.Array
-    ):
+    def sums(params: Arrays, frozen: Arrays, batch: Batch, key: jax.Array):
         output = loss(with_parameters(structure, params | frozen), batch, key)
         return output.objective.sum, output
 
@@ -60,10 +63,10 @@ def make_step(
             good = finite & (output.objective.weight > 0)
             updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
             new = optax.apply_updates(state.params, updates)
-            params, opt_state = jax.tree.map(
+            params, frozen, opt_state = jax.tree.map(
                 lambda a, b: jnp.where(good, a, b),
-                (new, opt_state),
-                (state.params, state.opt_state),
+                (new, post_update(frozen, output.reports), opt_state),
+                (state.params, state.frozen, state.opt_state),
             )
             bad = (~finite).astype(jnp.int32)
             extra = {
@@ -73,7 +76,9 @@ def make_step(
             }
             metrics = {**output.metrics, "grad_norm": norm, **extra}
             metrics["learning_rate"] = rate(state.step - state.extra["skipped"])
-            return State(params, state.frozen, opt_state, state.step + 1, extra), metrics
+            if "router_load" in output.reports:
+                metrics["router_max_load"] = max_load(output.reports["router_load"])
+            return State(params, frozen, opt_state, state.step + 1, extra), metrics
 
     return step
 

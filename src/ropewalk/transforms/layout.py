@@ -10,8 +10,11 @@ from flax import nnx
 from ropewalk.core.config import Config
 from ropewalk.core.errors import LayoutError
 from ropewalk.core.log import log
+from ropewalk.layers import dispatch
 from ropewalk.layers.attention import Attention
 from ropewalk.layers.lm import LM
+from ropewalk.layers.mla import LatentAttention
+from ropewalk.layers.moe import MoE
 from ropewalk.ops import attention
 from ropewalk.parallel import mesh
 from ropewalk.parallel.axes import Placement
@@ -21,9 +24,9 @@ from ropewalk.parallel.rules import RULES
 
 class Layout(Config):
     """How a model lies on devices and runs there; a bare string names the rules. None of it changes
-    the mathematics."""
+    the mathematics, but for experts that drop tokens."""
 
-    rules: Literal["fsdp", "tensor", "fsdp_tensor"] = "fsdp"
+    rules: Literal["fsdp", "tensor", "fsdp_tensor", "fsdp_expert"] = "fsdp"
     """the table that spreads parameters and activations over the mesh"""
     mesh: dict[str, int] | None = None
     """devices along each axis, -1 for the rest; by default what the rules need"""
@@ -32,6 +35,11 @@ class Layout(Config):
     remat: Remat = "none"
     """what the backward pass computes again"""
     attention: Literal["auto", "reference", "sequential", "library"] = "auto"
+    experts: Literal["auto", "dense", "dropless", "capacity"] = "auto"
+    """how tokens come to the experts that they choose: `dense` runs every expert on every token;
+    `capacity` drops the choices that find no place, which does change the mathematics"""
+    capacity_factor: float = pydantic.Field(default=1.25, gt=0)
+    """capacity: places of an expert in a row, over its fair share of the row's choices"""
 
     @pydantic.model_validator(mode="before")
     @classmethod
@@ -60,7 +68,10 @@ class Layout(Config):
         name, attend = attention.choose(self.attention, placement.platform, placement.mesh.size)
         if self.attention == "auto":
             log.debug("attention: auto chose %s for %s", name, placement.platform)
+        dispatched = dispatch.choose(self.experts, self.capacity_factor)
         for _, module in nnx.iter_modules(model):
-            if isinstance(module, Attention):
+            if isinstance(module, Attention | LatentAttention):
                 module.attend = attend
+            elif isinstance(module, MoE):
+                module.dispatch = dispatched
         return model
