@@ -34,7 +34,8 @@ FORBIDDEN: dict[str, tuple[str, ...]] = {
 
 # Words of a foreign file format that are spelt like a family, by file.
 FORMAT_WORDS = {
-    # GGUF's `tokenizer.ggml.model` for sentencepiece and for byte-level BPE, and a way to split words
+    # GGUF's `tokenizer.ggml.model` for sentencepiece and for byte-level BPE, and one of its ways to
+    # split words
     "text/parts.py": ("gpt2", "llama", "qwen2"),
 }
 
