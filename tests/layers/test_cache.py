@@ -18,7 +18,9 @@ def test_dense_holds_what_was_written_where_it_was_written():
         new = rng.standard_normal((2, B, t, K, H)).astype(np.float32)
         positions = np.stack([rng.permutation(S)[:t] for _ in range(B)]).astype(np.int32)
         stored = rng.random((B, t)) < 0.7
-        cache, buffers, places = cache.extend(tuple(new), positions, stored)
+        cache, buffers, places = cache.extend(
+            tuple(new), jnp.asarray(positions), jnp.asarray(stored)
+        )
         for row, i in zip(*np.nonzero(stored), strict=True):
             kept[int(row), int(positions[row, i])] = new[:, row, i]
     for row, place in np.ndindex(B, S):
@@ -41,7 +43,9 @@ def test_a_ring_shows_every_query_its_window_and_holds_no_more(sizes):
         stored = np.stack([np.arange(t) < real[0], np.arange(t) >= t - real[1]])
         first = np.array([[len(kept[0])], [len(kept[1])]])
         positions = np.where(stored, first + np.cumsum(stored, axis=1) - 1, 0).astype(np.int32)
-        cache, buffers, there = cache.extend(tuple(new), positions, stored)
+        cache, buffers, there = cache.extend(
+            tuple(new), jnp.asarray(positions), jnp.asarray(stored)
+        )
         for row, i in zip(*np.nonzero(stored), strict=True):
             kept[row][int(positions[row, i])] = new[:, row, i]
         for row, i in zip(*np.nonzero(stored), strict=True):

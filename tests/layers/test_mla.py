@@ -1,5 +1,7 @@
 """Latent attention: against the formulas in numpy, and its two ways against each other."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -102,8 +104,9 @@ def test_a_decoding_step_reads_no_more_than_latents_and_weights():
     cache = jax.eval_shape(lambda: layer.init_cache(1, length, jnp.float32))
     x = jax.ShapeDtypeStruct((1, 1, 64), jnp.float32)
     position = jax.ShapeDtypeStruct((1, 1), jnp.int32)
-    compiled = jax.jit(step, donate_argnums=3).lower(layer, x, position, cache).compile()
+    compiled: Any = jax.jit(step, donate_argnums=3).lower(layer, x, position, cache).compile()
     latents = length * (64 + 16) * 4
     # Keys and values of all heads would be 8 * (32 + 16 + 32) * 4 bytes a token, eight times that;
     # beside scores of 8 heads, nothing of the cache's length is made.
-    assert compiled.memory_analysis().temp_size_in_bytes < latents / 2
+    found: Any = compiled.memory_analysis()
+    assert found.temp_size_in_bytes < latents / 2

@@ -1,5 +1,7 @@
 """A layer of experts, with what its family adds, against the words of its parts."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -29,7 +31,8 @@ def test_a_shared_expert_adds_to_every_token_behind_its_gate():
     gated = layer(shared=shared, shared_gate=True)
     bare, report = layer()(x, CONTEXT)
     y, same = gated(x, CONTEXT)
-    gate = jax.nn.sigmoid(x @ gated.shared_gate.weight[...])
+    door: Any = gated.shared_gate
+    gate = jax.nn.sigmoid(x @ door.weight[...])
     np.testing.assert_allclose(y, bare + gate[..., None] * shared(x)[0], rtol=1e-5, atol=1e-6)
     assert same.keys() == report.keys()
     np.testing.assert_array_equal(report["router_load"].sum(axis=1), [2 * T, 2 * (T - 2)])

@@ -5,6 +5,7 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
+import numpy.typing as npt
 
 
 def frequencies(head_dim: int, theta: float) -> np.ndarray:
@@ -52,11 +53,11 @@ def yarn_frequencies(
 
 
 def angles(
-    positions: jax.Array, frequencies: jax.Array, scale: float = 1.0
+    positions: jax.Array, frequencies: npt.ArrayLike, scale: float = 1.0
 ) -> tuple[jax.Array, jax.Array]:
     """Cosines and sines of every position, each [b, t, h/2] float32, multiplied by `scale`;
     frequencies in radians per position, [h/2] or [b, 1, h/2]."""
-    angle = positions.astype(jnp.float32)[..., None] * frequencies
+    angle = positions.astype(jnp.float32)[..., None] * jnp.asarray(frequencies, jnp.float32)
     return jnp.cos(angle) * scale, jnp.sin(angle) * scale
 
 
