@@ -16,3 +16,21 @@ if os.environ["JAX_PLATFORMS"] == "cpu":
     }
     added = [f"{flag}={value}" for flag, value in wanted.items() if flag not in flags]
     os.environ["XLA_FLAGS"] = " ".join([flags, *added]).strip()
+
+import jax  # noqa: E402  (after what it reads)
+import pytest  # noqa: E402
+
+# A process may have 65530 memory maps, every compiled program takes a few, and XLA falls over when
+# there are no more.
+_MAPS = 30_000
+
+
+@pytest.fixture(autouse=True)
+def few_memory_maps():
+    """Lets go of compiled programs before there are too many."""
+    yield
+    if os.path.exists("/proc/self/maps"):
+        with open("/proc/self/maps", "rb") as maps:
+            count = sum(1 for _ in maps)
+        if count > _MAPS:
+            jax.clear_caches()

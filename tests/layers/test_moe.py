@@ -18,7 +18,7 @@ SEGMENTS = jnp.asarray([[1] * T, [1] * (T - 2) + [0] * 2], jnp.int32)
 CONTEXT = Context(jnp.zeros((B, T), jnp.int32), SEGMENTS, {})
 
 
-def layer(**more):
+def layer(**more) -> Any:
     rngs = nnx.Rngs(0)
     many = moe.Experts(E, D, F, bias=True, active_share=0.5, out_std=0.3, rngs=rngs)
     return moe.MoE(D, many, Routing(E, 2), moe.gated("silu"), rngs=rngs, **more)

@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from ropewalk import models
+from ropewalk.core.errors import ConfigError
 from ropewalk.layers.router import Router, Routing
 
 B, T, D, E = 3, 10, 6, 12
@@ -108,3 +110,22 @@ def test_logits_of_bfloat16_are_float32():
     one, _ = router(narrow, jnp.asarray(REAL))
     other, _ = router(narrow.astype(jnp.float32), jnp.asarray(REAL))
     np.testing.assert_array_equal(one.weight, other.weight)
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"experts": 4, "top_k": 5}, "num_experts_per_tok = 5 is more than the 4"),
+        ({"experts": 8, "top_k": 3, "groups": 4}, "more than the 2"),
+        ({"experts": 8, "top_k": 1, "groups": 3}, "8 experts do not divide into 3"),
+        ({"experts": 8, "top_k": 1, "groups": 2, "top_groups": 3}, "of which 3 are kept"),
+    ],
+)
+def test_what_cannot_be_chosen_is_refused(values, words):
+    with pytest.raises(ValueError, match=words):
+        Routing(**values)
+
+
+def test_a_recipe_that_asks_for_too_many_experts_is_told_the_key():
+    with pytest.raises(ConfigError, match="model: num_experts_per_tok = 9 is more than the 8"):
+        models.from_recipe({"preset": "mixtral-8x7b", "num_experts_per_tok": 9})

@@ -70,6 +70,10 @@ class LMConfig(Config):
         """By the name that attention layers ask for."""
         return {}
 
+    def routing(self) -> Any:
+        """How experts are chosen; None without experts. Raises ValueError where it cannot be."""
+        return None
+
     def norm(self) -> Any:
         """A norm over the hidden features."""
         raise NotImplementedError
@@ -110,6 +114,7 @@ class LMConfig(Config):
                 f"hidden_act = {self.hidden_act} is not supported; supported: "
                 f"{', '.join(self.activations)}"
             )
+        self.routing()
         return self
 
     @classmethod

@@ -37,6 +37,20 @@ class Routing:
     on_input: bool = False
     """whether the weight multiplies what enters an expert, and not what leaves it"""
 
+    def __post_init__(self) -> None:
+        """Raises ValueError where there are fewer experts than are chosen."""
+        if self.experts % self.groups or self.top_groups > self.groups:
+            raise ValueError(
+                f"{self.experts} experts do not divide into {self.groups} groups of which "
+                f"{self.top_groups} are kept; change n_group or topk_group"
+            )
+        within = self.experts // self.groups * self.top_groups
+        if self.top_k > within:
+            raise ValueError(
+                f"num_experts_per_tok = {self.top_k} is more than the {within} experts to choose "
+                "from; lower it"
+            )
+
 
 class Choice(NamedTuple):
     """expert int32 [b, t, k], their number for what is padding, which nobody works on; and weight

@@ -80,11 +80,6 @@ class Config(Grouped):
                 f"linear_num_value_heads = {self.linear_num_value_heads} is not a multiple of "
                 f"linear_num_key_heads = {self.linear_num_key_heads}"
             )
-        if self.num_experts_per_tok > self.num_experts:
-            raise ValueError(
-                f"num_experts_per_tok = {self.num_experts_per_tok} is more than num_experts = "
-                f"{self.num_experts}"
-            )
         if self.rotary_dim() % 2 or not self.rotary_dim():
             raise ValueError(
                 f"partial_rotary_factor = {self.partial_rotary_factor} of head_dim = "
