@@ -17,8 +17,8 @@ if os.environ["JAX_PLATFORMS"] == "cpu":
     added = [f"{flag}={value}" for flag, value in wanted.items() if flag not in flags]
     os.environ["XLA_FLAGS"] = " ".join([flags, *added]).strip()
 
-import jax  # noqa: E402  (after what it reads)
-import pytest  # noqa: E402
+import jax
+import pytest
 
 # A process may have 65530 memory maps, every compiled program takes a few, and XLA falls over when
 # there are no more.
