@@ -42,7 +42,7 @@ def compiled(name: str, layers: int) -> tuple[float, int]:
         ]
 
     whole = jax.ShapeDtypeStruct((2, 128), jnp.int32)
-    batch = dict.fromkeys(("tokens", "targets", "positions", "segment_ids"), whole)
+    batch: dict = dict.fromkeys(("tokens", "targets", "positions", "segment_ids"), whole)
     batch["weights"] = jax.ShapeDtypeStruct((2, 128), jnp.float32)
     lowered = jax.jit(jax.grad(loss)).lower(parameters(structure), batch)
     start = time.perf_counter()

@@ -203,8 +203,8 @@ def _sizes(rows: Rows) -> list[int]:
     step = _FEW * max(1, fair // _STEPS // _FEW)
     sizes = [step]
     while sizes[-1] < count:
-        grown = sizes[-1] * 3 // 2 if sizes[-1] > _SMALL else 2 * sizes[-1]
-        following = sizes[-1] + step if _SMALL < sizes[-1] < 2 * fair else grown
+        grown = sizes[-1] * 3 // 2 if sizes[-1] >= _SMALL else 2 * sizes[-1]
+        following = sizes[-1] + step if _SMALL <= sizes[-1] < 2 * fair else grown
         sizes.append(min(-(-following // step), -(-count // step)) * step)
     return sizes
 
