@@ -74,13 +74,18 @@ class Built:
         """Every parameter's path, shape, dtype and axes."""
         return table(self.structure)
 
+    @property
+    def frozen(self) -> list[str]:
+        """The paths of weights that no optimizer touches."""
+        return [path for path, spec in self.table.items() if not spec.trained]
+
     def fresh(self) -> State:
         """The state before the first step, with random weights; traceable."""
         return self.begun(parameters(_module(self.named, self.run, self.placement)))
 
     def begun(self, params: dict[str, jax.Array]) -> State:
         """The state before the first step, with the weights given; traceable."""
-        return states.fresh(params, self.optimizer, self.run.weights_dtype)
+        return states.fresh(params, self.optimizer, self.run.weights_dtype, self.frozen)
 
     @functools.cached_property
     def described(self) -> State:
@@ -109,6 +114,7 @@ class Built:
             rate=run.optimizer.schedule.build(run.optimizer.learning_rate, run.steps),
             accumulate=run.accumulate,
             seed=run.seed,
+            post_update=run.optimizer.post_update(self.table),
         )
 
     def compile_step(self) -> Any:
@@ -175,6 +181,7 @@ def build(run: Run) -> Built:
         heldout = Heldout(run.data, tokenizer, None, process, processes)
     structure = jax.eval_shape(lambda: _module(named, run, placement))
     optimizer = run.optimizer.build(run.steps, table(structure))
+    run.optimizer.post_update(table(structure))  # refuses what the model cannot do
     return Built(run, named, structure, placement, optimizer, tokenizer, batches, heldout, start)
 
 

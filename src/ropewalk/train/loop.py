@@ -178,7 +178,7 @@ class _Loop:
         numbers = self._numbers(at, metrics)
         if self.evaluator and (final or (every and at % every == 0)):
             begun = time.monotonic()
-            self.evaluation = self.evaluator(self.state.params, self.built.place)
+            self.evaluation = self.evaluator(self.state.weights, self.built.place)
             self.meter.aside("evaluation", time.monotonic() - begun)
             numbers |= self.evaluation
         self.out.write(at, numbers)
@@ -220,7 +220,7 @@ class _Loop:
             where = first_bad(
                 self.built.structure,
                 self.settings.objective,
-                self.state.params,
+                self.state.weights,
                 self.built.place(batch.arrays),
             )
         raise TrainingError(
@@ -277,7 +277,7 @@ class _Loop:
         if not self.settings.samples.every or self.built.tokenizer is None:
             return
         begun = time.monotonic()
-        model = with_parameters(self.built.structure, self.state.params)
+        model = with_parameters(self.built.structure, self.state.weights)
         if self.decoder is None:
             self.decoder = Decoder(model)
         else:
@@ -324,7 +324,7 @@ class _Loop:
             return None
         family, config = self.built.named
         done = pretrained.Pretrained(
-            family, config, self.state.params, self.built.tokenizer, str(self.built.directory)
+            family, config, self.state.weights, self.built.tokenizer, str(self.built.directory)
         )
         return done.save(target, self.settings.export)
 

@@ -117,7 +117,7 @@ def _agreed(received: list[int], step: int) -> int | None:
 def _begin(built: Built) -> State:
     if built.start is None:
         return states.build(built.fresh, built.table, built.placement)[0]
-    params = built.start.read(built.run.weights_dtype, built.where.params)
+    params = built.start.read(built.run.weights_dtype, built.where.weights)
     return states.build(built.begun, built.table, built.placement, params)[0]
 
 
