@@ -9,7 +9,7 @@ demo: env
 	$(BIN)/ropewalk train tiny
 
 test: env
-	$(BIN)/pytest -q -n 2 --dist worksteal
+	$(BIN)/pytest -q -n 2 --dist loadgroup
 
 check: env
 	$(BIN)/ruff format --check --output-format concise

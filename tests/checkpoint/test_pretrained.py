@@ -94,3 +94,17 @@ def test_a_stream_is_refused_before_its_first_piece() -> None:
 def test_a_place_to_save_is_named(directory: Any) -> None:
     with pytest.raises(UserError, match="named by a text or a path"):
         model().save(directory)
+
+
+def test_what_no_optimizer_touches_stays_as_exact_as_it_was(tmp_path: Path) -> None:
+    """A bias that moves the choice of experts: in bfloat16 it would choose others."""
+    golden = Path(__file__).parents[1] / "parity" / "goldens" / "deepseek_v3-groups"
+    exact, narrow = (ropewalk.load(golden, dtype=kind) for kind in ("float32", "bfloat16"))
+    biases = [path for path in exact.params if path.endswith("selection_bias")]
+    assert biases
+    narrow.save(tmp_path / "out")
+    back = ropewalk.load(tmp_path / "out")
+    assert str(back.params["embed.weight"].dtype) == "bfloat16"
+    for path in biases:
+        for found in (narrow, back):
+            np.testing.assert_array_equal(found.params[path], exact.params[path])

@@ -87,8 +87,7 @@ def tiny(name: str, variant: str = "plain") -> Tiny:
 
     structure = jax.eval_shape(make)
     specs = table(structure)
-    start = jax.jit(lambda: parameters(make()))()
-    return Tiny(family, config, structure, moved(start, specs), specs)
+    return Tiny(family, config, structure, moved(parameters(make()), specs), specs)
 
 
 def moved(start: Arrays, specs: dict[str, Spec]) -> Arrays:

@@ -94,4 +94,4 @@ def test_some_product_holds_all_rows_and_most_hold_little_more_than_theirs(m, e)
     fair = max(m // e, 8)
     for n in range(1, min(m, 2 * fair) + 1):
         waste = next(s for s in sizes if s >= n) - n
-        assert waste < max(8, fair // 4, n if n <= 64 else 0)
+        assert waste < max(8, 3 * n if n <= 64 else 64, fair // 4)

@@ -1,10 +1,11 @@
-"""Opens a directory that Ropewalk exported, as any other tool would: with `transformers`, float32.
+"""Opens directories that Ropewalk exported, as any other tool would: with `transformers`, float32.
 
 Runs in an environment of its own (README.md beside this file) and knows nothing of Ropewalk.
-Prints the logits' digest and a greedy continuation; with `--expected FILE` compares with
-`tokens [b,t]`, `logits [b,p,v]` (and `positions [p]`, else every position) of a safetensors file.
+Prints the logits' digest and a greedy continuation; with `--goldens FOLDER` compares with
+`tokens [b,t]`, `logits [b,p,v]` (and `positions [p]`, else every position) of the golden that has
+the directory's name.
 
-usage: open_export.py DIR [--expected FILE] [--prompt TEXT] [--new N]
+usage: open_export.py DIR ... [--goldens FOLDER] [--prompt TEXT] [--new N]
 exit code 1: a tensor missing or unused, logits not finite, or off by more than TOLERANCE
 """
 
@@ -44,32 +45,44 @@ def compare(logits: torch.Tensor, expected: dict[str, torch.Tensor]) -> bool:
     return error <= TOLERANCE
 
 
-def main() -> int:
-    """Opens, compares and continues; returns the exit code."""
-    parser = argparse.ArgumentParser()
-    parser.add_argument("directory", type=Path)
-    parser.add_argument("--expected", type=Path)
-    parser.add_argument("--prompt", default="ROMEO:\n")
-    parser.add_argument("--new", type=int, default=32)
-    args = parser.parse_args()
-    model, good = open_model(args.directory)
-    expected = load_file(args.expected) if args.expected else {}
-    has_tokenizer = any((args.directory / name).exists() for name in TOKENIZER_FILES)
-    tokenizer = AutoTokenizer.from_pretrained(args.directory) if has_tokenizer else None
+def check(directory: Path, goldens: Path | None, prompt: str, new: int) -> bool:
+    """Opens, compares and continues; whether all is well."""
+    model, good = open_model(directory)
+    golden = goldens and goldens / directory.name / "expected.safetensors"
+    expected = load_file(golden) if golden else {}
+    has_tokenizer = any((directory / name).exists() for name in TOKENIZER_FILES)
+    tokenizer = AutoTokenizer.from_pretrained(directory) if has_tokenizer else None
     if tokenizer:
-        tokens = tokenizer(args.prompt, return_tensors="pt").input_ids
-        good &= tokenizer.decode(tokens[0], skip_special_tokens=True) == args.prompt
-        print(f"prompt {args.prompt!r} -> {tokens[0].tolist()}")
+        tokens = tokenizer(prompt, return_tensors="pt").input_ids
+        good &= tokenizer.decode(tokens[0], skip_special_tokens=True) == prompt
+        print(f"prompt {prompt!r} -> {tokens[0].tolist()}")
     else:
         tokens = torch.arange(3, 19)[None] % model.config.vocab_size
     with torch.no_grad():
         logits = model(expected.get("tokens", tokens).long()).logits
-        out = model.generate(tokens, max_new_tokens=args.new, do_sample=False)[0]
+        out = model.generate(tokens, max_new_tokens=new, do_sample=False)[0]
     digest = hashlib.sha256(logits.numpy().tobytes()).hexdigest()[:16]
     print(f"logits {list(logits.shape)} std {logits.std():.4f} sha256 {digest}")
     print(f"continuation {tokenizer.decode(out)!r}" if tokenizer else f"tokens {out.tolist()}")
     good &= bool(logits.isfinite().all())
-    return 0 if good and (not expected or compare(logits, expected)) else 1
+    return good and (not expected or compare(logits, expected))
+
+
+def main() -> int:
+    """Checks every directory; returns the exit code."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("directory", type=Path, nargs="+")
+    parser.add_argument("--goldens", type=Path)
+    parser.add_argument("--prompt", default="ROMEO:\n")
+    parser.add_argument("--new", type=int, default=32)
+    args = parser.parse_args()
+    wrong = []
+    for directory in args.directory:
+        print(directory)
+        if not check(directory, args.goldens, args.prompt, args.new):
+            wrong.append(directory)
+    print(f"{len(wrong)} of {len(args.directory)} differ: {', '.join(map(str, wrong)) or 'none'}")
+    return 1 if wrong else 0
 
 
 if __name__ == "__main__":

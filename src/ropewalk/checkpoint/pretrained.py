@@ -363,20 +363,23 @@ def _checkpoint(candidates: list[Path]) -> Source:
         record.dtype for name, record in manifest.arrays.items() if name.startswith("params.")
     )
 
+    named = models.from_recipe(manifest.recipe["model"])
+
     def arrays(step: Path) -> dict[str, np.ndarray]:
         return manager.read_arrays(step, "params") | manager.read_arrays(step, "frozen")
 
     def read(dtype: str, shardings: Place) -> dict[str, jax.Array]:
-        found = _first_good(candidates, arrays)
+        found, specs = _first_good(candidates, arrays), table(abstract(*named))
         return {
-            path: jax.device_put(array.astype(dtype), shardings and shardings[path])
+            path: jax.device_put(
+                array.astype(specs[path].held_in(dtype)), shardings and shardings[path]
+            )
             for path, array in found.items()
         }
 
     def tokenizer() -> Tokenizer | None:
         return tokenizers.load(home) if home.is_dir() else None
 
-    named = models.from_recipe(manifest.recipe["model"])
     return Source("checkpoint", named, manifest.arrays, dtype, read, tokenizer)
 
 
@@ -386,7 +389,8 @@ def _preset(name: str) -> Source:
     def read(dtype: str, shardings: Place) -> dict[str, jax.Array]:
         def make() -> dict[str, jax.Array]:
             model = named.family.Model(named.config, rngs=nnx.Rngs(0))
-            return {path: leaf.astype(dtype) for path, leaf in parameters(model).items()}
+            found, specs = parameters(model), table(model)
+            return {path: leaf.astype(specs[path].held_in(dtype)) for path, leaf in found.items()}
 
         return jax.jit(make, out_shardings=shardings)()
 

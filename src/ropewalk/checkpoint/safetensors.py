@@ -144,7 +144,7 @@ def write(
     Raises ModelError when a value overflows `dtype`, OSError when the disk does not take it.
     """
     target = np.dtype(dtypes.parse(dtype))
-    sizes = [math.prod(tensor.shape) * target.itemsize for tensor in tensors]
+    sizes = [math.prod(tensor.shape) * tensor.stored_as(target).itemsize for tensor in tensors]
     shards = _split(tensors, sizes, max_shard_bytes)
     if len(shards) == 1:
         return [_write_file(directory / SINGLE, shards[0], target)]
@@ -285,9 +285,10 @@ def _write_file(path: Path, tensors: Iterable[Tensor], dtype: np.dtype) -> Path:
     header: dict[str, Any] = {"__metadata__": WRITER}
     end = 0
     for tensor in tensors:
-        start, end = end, end + math.prod(tensor.shape) * dtype.itemsize
+        kind = tensor.stored_as(dtype)
+        start, end = end, end + math.prod(tensor.shape) * kind.itemsize
         header[tensor.name] = {
-            "dtype": _NAMES[dtype],
+            "dtype": _NAMES[kind],
             "shape": list(tensor.shape),
             "data_offsets": [start, end],
         }
@@ -303,7 +304,7 @@ def _write_file(path: Path, tensors: Iterable[Tensor], dtype: np.dtype) -> Path:
 
 
 def _bytes(tensor: Tensor, dtype: np.dtype) -> memoryview:
-    array = np.empty(tensor.shape, dtype)
+    array = np.empty(tensor.shape, tensor.stored_as(dtype))
     cast(tensor.value(), array, tensor.name)
     return array.reshape(-1).view(np.uint8).data
 

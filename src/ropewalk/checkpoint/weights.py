@@ -33,6 +33,12 @@ class Tensor:
     name: str
     shape: tuple[int, ...]
     value: Callable[[], np.ndarray]
+    dtype: np.dtype | None = None
+    """its own, whatever that of the others"""
+
+    def stored_as(self, dtype: np.dtype) -> np.dtype:
+        """Its dtype in a file of this dtype."""
+        return dtype if self.dtype is None else self.dtype
 
 
 def load_into(
@@ -46,9 +52,9 @@ def load_into(
     """Every parameter of `table` by path, filled from `reader`.
 
     `shardings` places them (default: the first device). `dtype` (float32, bfloat16, float16)
-    replaces the dtype that the table names; tensors that match `unused` may be there. Each device's
-    part is filled layer by layer in its own buffer, so a process reads and holds only what its
-    devices need.
+    replaces the dtype that the table names, of what is trained; tensors that match `unused` may be
+    there. Each device's part is filled layer by layer in its own buffer, so a process reads and
+    holds only what its devices need.
     Raises ModelError when tensors are missing, unexpected or misshapen, or when values overflow the
     dtype.
     """
@@ -60,7 +66,7 @@ def load_into(
         by_path[entry.path].append(entry)
     params: dict[str, jax.Array] = {}
     for path, spec in table.items():
-        kind = np.dtype(spec.dtype if dtype is None else dtypes.parse(dtype))
+        kind = np.dtype(spec.dtype if dtype is None else spec.held_in(dtypes.parse(dtype)))
         sharding = shardings[path] if shardings is not None else None
         params[path] = _parameter(reader, by_path[path], spec.shape, kind, sharding)
     return params
@@ -122,8 +128,12 @@ def export(
     def values(each: list[Entry]) -> np.ndarray:
         return joined(each, [_layer(params[entry.path], entry.index) for entry in each])
 
+    def kept(each: list[Entry]) -> np.dtype | None:
+        spec = table[each[0].path]
+        return None if spec.trained else np.dtype(spec.dtype)
+
     return [
-        Tensor(name, source_shape(each), functools.partial(values, each))
+        Tensor(name, source_shape(each), functools.partial(values, each), kept(each))
         for name, each in by_source(entries).items()
     ]
 

@@ -19,6 +19,10 @@ class Spec:
     trained: bool = True
     """false for what no optimizer touches"""
 
+    def held_in(self, dtype: Any) -> Any:
+        """The dtype of the parameter in a model held in `dtype`: its own if it is not trained."""
+        return dtype if self.trained else self.dtype
+
 
 def dotted(key_path: Iterable[Any]) -> str:
     """A jax key path as a dotted string; the trailing `.value` of a variable is left out."""

@@ -19,14 +19,12 @@ from ropewalk.parallel.axes import platform
 
 Act = Callable[[jax.Array, jax.Array], jax.Array]
 
-# On a CPU the rows of an expert are multiplied at once where they are at most twice as many as in
-# a fair share, rounded up to a multiple of an eighth of it: every product costs time to begin, and
-# every number of rows a program of its own.
+# On a CPU the rows of an expert are multiplied at once, rounded up to one of these numbers: a few
+# small ones, multiples of an eighth of a fair share up to twice that, and beyond them each twice
+# the one before. Every product costs time to begin, and every number of rows a program of its own.
+_SMALL = 8, 32
 _STEPS, _SHARES = 8, 2
-# Rows that are multiplied about as fast as one.
-_FEW = 8
-# Up to so many rows each size is twice the one before: fewer programs, and little work to waste.
-_SMALL = 64
+_LEAST_STEP = 64
 
 
 class Weights(NamedTuple):
@@ -200,13 +198,13 @@ def _sizes(rows: Rows) -> list[int]:
     """How many rows are multiplied at once: of these, the next that all of an expert's fit in."""
     count = rows.source.shape[0]
     fair = -(-count // rows.sizes.shape[0])
-    step = _FEW * max(1, fair // _STEPS // _FEW)
-    sizes = [step]
+    step = max(_LEAST_STEP, fair // _STEPS // _SMALL[0] * _SMALL[0])
+    sizes = list(_SMALL)
     while sizes[-1] < count:
-        grown = sizes[-1] * 3 // 2 if sizes[-1] >= _SMALL else 2 * sizes[-1]
-        following = sizes[-1] + step if _SMALL <= sizes[-1] < 2 * fair else grown
-        sizes.append(min(-(-following // step), -(-count // step)) * step)
-    return sizes
+        last = sizes[-1]
+        sizes.append(last // step * step + step if last < _SHARES * fair else 2 * last)
+    most = -(-count // _SMALL[0]) * _SMALL[0]
+    return sorted({min(size, most) for size in sizes})
 
 
 def _with_room(rows: Rows) -> jax.Array:
