@@ -82,9 +82,13 @@ def test_both_spellings_are_one_config(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_spelling_we_write_is_read_back(name):
+def test_the_spelling_we_write_is_read_back_and_leaves_no_size_to_be_assumed(name):
     config = loaded(name).config
-    assert models.from_hf(json.loads(json.dumps(config.to_hf())), name).config == config
+    written = json.loads(json.dumps(config.to_hf()))
+    assert models.from_hf(written, name).config == config
+    heads = "num_key_value_heads"
+    theirs = spelt(name, "config.json")
+    assert written.get(heads) == theirs.get(heads)
 
 
 @pytest.mark.parametrize("name", ["llama-bfloat16", "qwen3-tied"])

@@ -171,6 +171,10 @@ class LatentConfig(Rotary):
     topk_group: Count | None = None
     routed_scaling_factor: float = 1.0
 
+    def to_hf(self) -> dict[str, Any]:
+        """As `Rotary.to_hf`, with the heads of keys, for which `transformers` assumes 128."""
+        return {**super().to_hf(), "num_key_value_heads": self.num_attention_heads}
+
     def unused(self) -> tuple[str, ...]:
         """Layers beyond the last, which predict a token more."""
         return (f"model.layers.{self.num_hidden_layers}.*",)

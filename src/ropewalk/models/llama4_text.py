@@ -61,7 +61,7 @@ class Config(Grouped):
     attention_chunk_size: Count = 8192
     use_qk_norm: bool = True
     attn_temperature_tuning: bool = True
-    floor_scale: float = pydantic.Field(default=8192, gt=0)
+    floor_scale: Count = 8192
     attn_scale: float = 0.1
 
     def interleaved(self) -> bool:
