@@ -119,6 +119,10 @@ def test_logits_of_bfloat16_are_float32():
         ({"experts": 8, "top_k": 3, "groups": 4}, "more than the 2"),
         ({"experts": 8, "top_k": 1, "groups": 3}, "8 experts do not divide into 3"),
         ({"experts": 8, "top_k": 1, "groups": 2, "top_groups": 3}, "of which 3 are kept"),
+        (
+            {"experts": 8, "top_k": 1, "groups": 8, "group_score": "best_two"},
+            "best two experts, and each of 8 groups of 8 experts has 1; lower n_group",
+        ),
     ],
 )
 def test_what_cannot_be_chosen_is_refused(values, words):

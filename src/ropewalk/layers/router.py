@@ -38,13 +38,19 @@ class Routing:
     """whether the weight multiplies what enters an expert, and not what leaves it"""
 
     def __post_init__(self) -> None:
-        """Raises ValueError where there are fewer experts than are chosen."""
+        """Raises ValueError where there are fewer experts than are chosen or compared."""
         if self.experts % self.groups or self.top_groups > self.groups:
             raise ValueError(
                 f"{self.experts} experts do not divide into {self.groups} groups of which "
                 f"{self.top_groups} are kept; change n_group or topk_group"
             )
-        within = self.experts // self.groups * self.top_groups
+        size = self.experts // self.groups
+        if self.groups > 1 and self.group_score == "best_two" and size < 2:
+            raise ValueError(
+                f"a group is as good as its best two experts, and each of {self.groups} groups of "
+                f"{self.experts} experts has {size}; lower n_group"
+            )
+        within = size * self.top_groups
         if self.top_k > within:
             raise ValueError(
                 f"num_experts_per_tok = {self.top_k} is more than the {within} experts to choose "

@@ -199,7 +199,7 @@ def _sizes(rows: Rows) -> list[int]:
     count = rows.source.shape[0]
     fair = -(-count // rows.sizes.shape[0])
     step = max(_LEAST_STEP, fair // _STEPS // _SMALL[0] * _SMALL[0])
-    sizes = list(_SMALL)
+    sizes: list[int] = list(_SMALL)
     while sizes[-1] < count:
         last = sizes[-1]
         sizes.append(last // step * step + step if last < _SHARES * fair else 2 * last)
