@@ -142,3 +142,30 @@ def test_a_share_follows_from_sizes_however_they_are_written():
 def test_a_missing_size_is_named():
     with pytest.raises(ConfigError, match=r"key `intermediate_size` is required"):
         read(without=("intermediate_size",))
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"rope_parameters": "x"}, "`rope_parameters` = 'x' must be a mapping or null"),
+        ({"rope_scaling": "yarn"}, "`rope_scaling` = 'yarn' must be a mapping or null"),
+        ({"rope_parameters": {"rope_theta": 77.0}}, "`rope_theta` = 500000.0 and .* say 77.0"),
+        (
+            {"rope_scaling": {"factor": 4.0}},
+            "rope_scaling has factor = 4.0 and no rope_type; say which of linear",
+        ),
+    ],
+)
+def test_what_is_said_twice_or_by_halves_about_rope_is_refused(changes, says):
+    with pytest.raises(ModelError, match=rf"the/config.json: {says}"):
+        read(changes)
+
+
+@pytest.mark.parametrize("local", [{}, {"sliding_attention": None}])
+def test_a_second_rope_that_is_not_said_is_the_usual_one(local):
+    values = models.presets()["gemma3-270m"].config.to_hf()
+    del values["rope_local_base_freq"], values["rope_theta"], values["rope_scaling"]
+    full = {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6}
+    values["rope_parameters"] = {"full_attention": full, **local}
+    config = models.from_hf(values, "config.json").config
+    assert (config.rope_theta, config.rope_local_base_freq) == (1e6, 1e4)

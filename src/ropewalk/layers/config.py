@@ -371,14 +371,16 @@ class TwoRopes(Windowed):
     @classmethod
     def _read(cls, values: dict[str, Any], source: str) -> dict[str, Any]:
         """The newer `rope_parameters` has an entry for each kind of layer."""
-        by_kind = values.get("rope_parameters") or {}
+        by_kind = _mapping(values, "rope_parameters", source)
         if "full_attention" not in by_kind:
             return super()._read(values, source)
-        values["rope_parameters"] = full = by_kind["full_attention"]
-        local = {"rope_type": "default", **by_kind.get("sliding_attention", full)}
+        values["rope_parameters"] = full = _mapping(by_kind, "full_attention", source)
+        said = _mapping(by_kind, "sliding_attention", source)
         own = "rope_local_base_freq" in cls.model_fields
+        base = {} if own else {"rope_theta": full.get("rope_theta")}
+        local = {"rope_type": "default", **base, **said}
         if own:
-            values["rope_local_base_freq"] = local.get("rope_theta")
+            _agree(values, "rope_local_base_freq", local.get("rope_theta"), source)
         same = own or local.get("rope_theta") == full.get("rope_theta")
         if local["rope_type"] != "default" or not same:
             raise ModelError(
@@ -420,17 +422,40 @@ def _count(values: dict[str, Any], key: str) -> int | None:
         return None
 
 
+def _mapping(values: dict[str, Any], key: str, source: str) -> dict[str, Any]:
+    """A copy of what is said under a key; empty where it is missing or null."""
+    said = values.get(key)
+    if said is not None and not isinstance(said, dict):
+        raise ModelError(f"{source}: `{key}` = {said!r:.80} must be a mapping or null")
+    return dict(said or {})
+
+
+def _agree(values: dict[str, Any], key: str, nested: Any, source: str) -> None:
+    """Takes what RoPE's newer spelling says of a key, which the older one may say too."""
+    if nested is None:
+        return
+    if values.get(key) not in (None, nested):
+        raise ModelError(
+            f"{source}: `{key}` = {values[key]} and rope_parameters say {nested}; remove one"
+        )
+    values[key] = nested
+
+
 def _plain_rope(values: dict[str, Any], source: str) -> dict[str, Any]:
     """Folds the newer `rope_parameters` into `rope_theta` and `rope_scaling`, and the older `type`
     into `rope_type`."""
-    newer = values.pop("rope_parameters", None) or {}
-    scaling = dict(values.pop("rope_scaling", None) or newer)
+    newer = _mapping(values, "rope_parameters", source)
+    scaling = _mapping(values, "rope_scaling", source) or newer
+    values = {k: v for k, v in values.items() if k not in ("rope_parameters", "rope_scaling")}
     if "type" in scaling:
         scaling.setdefault("rope_type", scaling.pop("type"))
         scaling.pop("type", None)
-    theta = scaling.pop("rope_theta", newer.get("rope_theta"))
-    if theta is not None and values.get("rope_theta") is None:
-        values["rope_theta"] = theta
+    _agree(values, "rope_theta", scaling.pop("rope_theta", newer.get("rope_theta")), source)
+    if scaling.get("rope_type") is None and scaling.get("factor") is not None:
+        raise ModelError(
+            f"{source}: rope_scaling has factor = {scaling['factor']} and no rope_type; say which "
+            f"of {', '.join(rope.TYPES[1:])} it is, or remove it"
+        )
     kind = scaling.setdefault("rope_type", "default")
     if kind not in rope.TYPES:
         raise ModelError(

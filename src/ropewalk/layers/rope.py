@@ -90,9 +90,9 @@ class Llama3(Config):
 
     rope_type: Literal["llama3"]
     factor: float = pydantic.Field(ge=1)
-    low_freq_factor: float
-    high_freq_factor: float
-    original_max_position_embeddings: int
+    low_freq_factor: float = pydantic.Field(gt=0)
+    high_freq_factor: float = pydantic.Field(gt=0)
+    original_max_position_embeddings: int = pydantic.Field(gt=0)
 
     def rotation(self, dim: int, theta: float, trained_length: int) -> Rotation:
         """That of `dim` features."""
@@ -110,9 +110,9 @@ class Yarn(Config):
 
     rope_type: Literal["yarn"]
     factor: float = pydantic.Field(ge=1)
-    original_max_position_embeddings: int | None = None
-    beta_fast: float = 32.0
-    beta_slow: float = 1.0
+    original_max_position_embeddings: int | None = pydantic.Field(default=None, gt=0)
+    beta_fast: float = pydantic.Field(default=32.0, gt=0)
+    beta_slow: float = pydantic.Field(default=1.0, gt=0)
     attention_factor: float | None = None
     mscale: float | None = None
     mscale_all_dim: float | None = None

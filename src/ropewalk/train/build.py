@@ -165,10 +165,10 @@ def build(run: Run) -> Built:
     named = _named(run, start, tokenizer)
     config = named.config
     if batches.max_token_id >= config.vocab_size:
+        set_it = "" if start else f"set it to {batches.max_token_id + 1} or more, or "
         raise DataError(
             f"the data has token ids up to {batches.max_token_id} and model.vocab_size is "
-            f"{config.vocab_size}; set it to "
-            f"{batches.max_token_id + 1} or more, or use another tokenizer"
+            f"{config.vocab_size}; {set_it}use a tokenizer of the model's own vocabulary"
         )
     if run.data.length > config.max_position_embeddings:
         raise ConfigError(
