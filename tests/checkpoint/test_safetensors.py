@@ -161,6 +161,12 @@ def test_whole_numbers_are_no_weights(tmp_path: Path) -> None:
         reader.read("a")
 
 
+def test_bytes_are_asked_for_by_their_own_name(tmp_path: Path) -> None:
+    write(tmp_path, tensors({"scales": np.ones(2, np.float32)}))
+    with pytest.raises(ModelError, match=r"`scales` has dtype F32.*; supported are U8$"):
+        Reader(tmp_path).read_bytes("scales")
+
+
 def _fuzzed(data: st.DataObject) -> bytes:
     content = bytearray(SOUND)
     for _ in range(data.draw(st.integers(1, 4))):

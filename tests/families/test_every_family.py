@@ -15,7 +15,7 @@ from flax import nnx
 
 from ropewalk import models
 from ropewalk.checkpoint import hf, weights
-from ropewalk.core.errors import ConfigError
+from ropewalk.core.errors import ConfigError, UserError
 from ropewalk.core.paths import flatten
 from ropewalk.core.weights import expand
 from ropewalk.layers import dispatch
@@ -317,6 +317,16 @@ def test_a_size_of_nothing_is_refused_by_name(name, key):
     if key in values:
         with pytest.raises(ConfigError, match=rf"model: key `{key}` = 0"):
             models.from_recipe({"family": name, **values, key: 0})
+
+
+@family
+def test_types_of_fewer_layers_than_there_are_are_refused(name):
+    config = tiny(name).config
+    if "layer_types" in type(config).model_fields:
+        written = config.to_hf()
+        for kind in set(written["layer_types"]):
+            with pytest.raises(UserError, match="layer_types has 1 entries and num_hidden_layers"):
+                models.from_hf({**written, "layer_types": [kind]}, "config.json")
 
 
 @pytest.mark.parametrize("preset", models.presets())

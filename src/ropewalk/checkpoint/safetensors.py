@@ -82,7 +82,7 @@ class Reader:
         tensor = self.tensors[name]
         dtype = known.get(tensor.dtype)
         if dtype is None:
-            raise _unsupported(name, tensor)
+            raise _unsupported(name, tensor, known)
         if tensor.start == tensor.end:
             return np.empty(tensor.shape, dtype)
         return np.memmap(tensor.file, dtype, "r", tensor.start, tensor.shape)
@@ -209,14 +209,15 @@ def _supported(tensors: dict[str, Stored]) -> dict[str, Stored]:
     """The tensors as they are, unless one is in a format that only quantized weights have."""
     for name, tensor in tensors.items():
         if tensor.dtype.startswith(("F4", "F6_", "F8")):
-            raise _unsupported(name, tensor)
+            raise _unsupported(name, tensor, _FLOATS)
     return tensors
 
 
-def _unsupported(name: str, tensor: Stored) -> ModelError:
+def _unsupported(name: str, tensor: Stored, known: Iterable[str]) -> ModelError:
+    advice = ": use a checkpoint that is not quantized" if known is _FLOATS else ""
     return ModelError(
         f"{tensor.file}: tensor `{name}` has dtype {tensor.dtype}, which is not supported; "
-        f"supported are {', '.join(_FLOATS)}: use a checkpoint that is not quantized"
+        f"supported are {', '.join(known)}{advice}"
     )
 
 

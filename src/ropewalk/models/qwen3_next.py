@@ -63,8 +63,9 @@ class Config(Grouped):
         kinds = tuple(values.get("layer_types") or ())
         said = values.get("full_attention_interval") or 4
         first = kinds.index("full_attention") + 1 if "full_attention" in kinds else said
+        whole = len(kinds) == values.get("num_hidden_layers")
         for interval in (said, first):
-            if kinds and kinds == _every(interval, len(kinds)):
+            if whole and kinds == _every(interval, len(kinds)):
                 return {**values, "full_attention_interval": interval, "layer_types": None}
         return values
 
