@@ -151,6 +151,10 @@ def test_a_missing_size_is_named():
         ({"rope_scaling": "yarn"}, "`rope_scaling` = 'yarn' must be a mapping or null"),
         ({"rope_parameters": {"rope_theta": 77.0}}, "`rope_theta` = 500000.0 and .* say 77.0"),
         (
+            {"rope_parameters": {"partial_rotary_factor": 0.5}, "partial_rotary_factor": 0.25},
+            "`partial_rotary_factor` = 0.25 and .* say 0.5",
+        ),
+        (
             {"rope_scaling": {"factor": 4.0}},
             "rope_scaling has factor = 4.0 and no rope_type; say which of linear",
         ),

@@ -20,7 +20,7 @@ from ropewalk.core import dtypes
 from ropewalk.core.errors import CheckpointError, ConfigError, ModelError
 from ropewalk.core.log import log
 from ropewalk.layers.decode import Decoder, Sampling
-from ropewalk.layers.lm import parameters, table, with_parameters
+from ropewalk.layers.lm import held, parameters, table, with_parameters
 from ropewalk.text import parts
 from ropewalk.text import tokenizer as tokenizers
 from ropewalk.text.interface import StreamDecoder, Tokenizer, checked
@@ -389,8 +389,7 @@ def _preset(name: str) -> Source:
     def read(dtype: str, shardings: Place) -> dict[str, jax.Array]:
         def make() -> dict[str, jax.Array]:
             model = named.family.Model(named.config, rngs=nnx.Rngs(0))
-            found, specs = parameters(model), table(model)
-            return {path: leaf.astype(specs[path].held_in(dtype)) for path, leaf in found.items()}
+            return held(parameters(model), table(model), dtype)
 
         return jax.jit(make, out_shardings=shardings)()
 

@@ -128,12 +128,13 @@ def export(
     def values(each: list[Entry]) -> np.ndarray:
         return joined(each, [_layer(params[entry.path], entry.index) for entry in each])
 
-    def kept(each: list[Entry]) -> np.dtype | None:
-        spec = table[each[0].path]
-        return None if spec.trained else np.dtype(spec.dtype)
-
     return [
-        Tensor(name, source_shape(each), functools.partial(values, each), kept(each))
+        Tensor(
+            name,
+            source_shape(each),
+            functools.partial(values, each),
+            table[each[0].path].held_in(None),
+        )
         for name, each in by_source(entries).items()
     ]
 

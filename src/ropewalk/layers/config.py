@@ -442,14 +442,16 @@ def _agree(values: dict[str, Any], key: str, nested: Any, source: str) -> None:
 
 
 def _plain_rope(values: dict[str, Any], source: str) -> dict[str, Any]:
-    """Folds the newer `rope_parameters` into `rope_theta` and `rope_scaling`, and the older `type`
-    into `rope_type`."""
+    """Folds the newer `rope_parameters` into `rope_theta`, `partial_rotary_factor` and
+    `rope_scaling`, and the older `type` into `rope_type`."""
     newer = _mapping(values, "rope_parameters", source)
+    part = newer.pop("partial_rotary_factor", None)
     scaling = _mapping(values, "rope_scaling", source) or newer
     values = {k: v for k, v in values.items() if k not in ("rope_parameters", "rope_scaling")}
     if "type" in scaling:
         scaling.setdefault("rope_type", scaling.pop("type"))
         scaling.pop("type", None)
+    _agree(values, "partial_rotary_factor", part, source)
     _agree(values, "rope_theta", scaling.pop("rope_theta", newer.get("rope_theta")), source)
     if scaling.get("rope_type") is None and scaling.get("factor") is not None:
         raise ModelError(

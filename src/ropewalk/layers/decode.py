@@ -18,7 +18,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ropewalk.core.config import Config
 from ropewalk.core.errors import ModelError
 from ropewalk.layers.linear import Linear
-from ropewalk.layers.lm import LM, parameters, table, with_parameters
+from ropewalk.layers.lm import LM, held, parameters, table, with_parameters
 from ropewalk.ops.sample import sample
 from ropewalk.parallel.axes import platform
 
@@ -166,9 +166,8 @@ def _ready(model: LM) -> LM:
     """The model unstacked, its weights in the dtype it computes in, and for a CPU and bfloat16 the
     way few rows read them fastest."""
     if model.embed.dtype is not None:
-        kept = {path: spec.held_in(model.embed.dtype) for path, spec in table(model).items()}
-        found = parameters(model)
-        model = with_parameters(model, {path: found[path].astype(kept[path]) for path in found})
+        weights = held(parameters(model), table(model), model.embed.dtype)
+        model = with_parameters(model, weights)
     narrow = model.embed.weight[...].dtype == jnp.bfloat16
     model.layers = model.layers.unstacked()
     if narrow and platform() == "cpu":

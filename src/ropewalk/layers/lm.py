@@ -2,7 +2,7 @@
 prefill and decoding."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -161,6 +161,11 @@ def table(model: nnx.Module) -> dict[str, Spec]:
         kind_, trained = jnp.dtype(value.dtype), isinstance(variable, nnx.Param)
         specs[dotted(path)] = Spec(tuple(value.shape), kind_, stacked + axes, trained)
     return specs
+
+
+def held(values: Mapping[str, Any], specs: Mapping[str, Spec], dtype: Any) -> dict[str, Any]:
+    """The values by path as a model held in `dtype` has them."""
+    return {path: value.astype(specs[path].held_in(dtype)) for path, value in values.items()}
 
 
 def with_parameters(model: nnx.Module, values: dict[str, Any]) -> Any:

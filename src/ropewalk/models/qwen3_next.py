@@ -105,15 +105,6 @@ class Config(Grouped):
         """The layer that predicts further tokens."""
         return ("mtp.*",)
 
-    @classmethod
-    def _read(cls, values: dict[str, Any], source: str) -> dict[str, Any]:
-        """The newer `rope_parameters` holds the rotated part too."""
-        newer = dict(values.get("rope_parameters") or {})
-        part = newer.pop("partial_rotary_factor", values.get("partial_rotary_factor"))
-        return super()._read(
-            {**values, "rope_parameters": newer, "partial_rotary_factor": part}, source
-        )
-
     def to_hf(self) -> dict[str, Any]:
         """As `Grouped.to_hf`, with every layer's type."""
         return {**super().to_hf(), "layer_types": [mixer for mixer, _ in self.kinds()]}
