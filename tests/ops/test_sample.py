@@ -5,83 +5,117 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ropewalk.ops.sample import sample
+from ropewalk.ops.sample import allowed, greedy, logprob, penalized, sample
 
-V, DRAWS = 12, 4000
+V, DRAWS = 300, 20000
 LOGITS = np.random.default_rng(0).normal(0, 1.5, V).astype(np.float32)
+DEFAULTS = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
 
 
 @jax.jit
-def draw(logits, key, temperature, top_k, top_p):
-    return sample(logits, key, temperature, top_k, top_p)
+def draw(logits, chance, temperature, top_k, top_p, min_p):
+    return sample(logits, chance, temperature, top_k, top_p, min_p)
 
 
-def counts(temperature=1.0, top_k=0, top_p=1.0):
-    """Shares of each token in DRAWS independent draws from the same logits."""
-    rows = jnp.broadcast_to(jnp.asarray(LOGITS), (DRAWS, V))
-    tokens, _ = draw(
-        rows, jax.random.key(7), jnp.float32(temperature), jnp.int32(top_k), jnp.float32(top_p)
-    )
-    return np.bincount(np.asarray(tokens), minlength=V) / DRAWS
+def rows(knobs, count):
+    """Every knob, a row each."""
+    values = {**DEFAULTS, **knobs}
+    kinds = {"top_k": jnp.int32}
+    return [jnp.full(count, value, kinds.get(name, jnp.float32)) for name, value in values.items()]
 
 
-def chances(temperature=1.0, top_k=0, top_p=1.0):
-    """The distribution by sorting in numpy: temperature, then the k first, then the nucleus."""
+def chances(temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):
+    """The distribution by sorting in numpy: temperature, the k first, the nucleus, the least
+    share."""
     p = np.exp(LOGITS.astype(np.float64) / temperature)
     p /= p.sum()
-    order = np.argsort(-p)
-    kept, total = [], 0.0
-    for token in order[: top_k or V]:
-        kept.append(token)
-        total += p[token]
-        if total >= top_p:
-            break
+    order = np.argsort(-p)[: top_k or V]
+    inside = p[order] / p[order].sum()
+    before = np.cumsum(inside) - inside
+    kept = order[(before < top_p) & (p[order] >= min_p * p.max())]
     result = np.zeros(V)
     result[kept] = p[kept] / p[kept].sum()
     return result
 
 
-@pytest.mark.parametrize(
-    "knobs",
-    [
-        {},
-        {"temperature": 0.5},
-        {"temperature": 2.0},
-        {"top_k": 3},
-        {"top_p": 0.6},
-        {"top_k": 5, "top_p": 0.9, "temperature": 1.5},
-        {"top_k": V + 5},
-    ],
-)
+KNOBS = [
+    {},
+    {"temperature": 0.5},
+    {"temperature": 2.0},
+    {"top_k": 3},
+    {"top_k": 100},
+    {"top_p": 0.6},
+    {"top_p": 0.999},
+    {"top_p": 0.99, "temperature": 3.0},
+    {"top_k": 5, "top_p": 0.9, "temperature": 1.5},
+    {"top_k": 150, "top_p": 0.97, "temperature": 2.5},
+    {"min_p": 0.2},
+    {"min_p": 0.001, "top_p": 0.95},
+    {"top_k": V + 5},
+]
+
+
+@pytest.mark.parametrize("knobs", KNOBS)
 def test_draws_follow_the_distribution(knobs):
-    found, wanted = counts(**knobs), chances(**knobs)
+    chance = jax.random.uniform(jax.random.key(7), (DRAWS,))
+    logits = jnp.broadcast_to(jnp.asarray(LOGITS), (DRAWS, V))
+    tokens = np.asarray(draw(logits, chance, *rows(knobs, DRAWS)))
+    found, wanted = np.bincount(tokens, minlength=V) / DRAWS, chances(**knobs)
     assert not np.any(found[wanted == 0])
-    # Four standard deviations of a share of DRAWS draws.
-    assert np.all(np.abs(found - wanted) <= 4 * np.sqrt(wanted * (1 - wanted) / DRAWS))
+    # Five standard deviations of a share of DRAWS draws, and one draw.
+    bound = 5 * np.sqrt(wanted * (1 - wanted) / DRAWS) + 1 / DRAWS
+    assert np.all(np.abs(found - wanted) <= bound)
 
 
-@pytest.mark.parametrize("knobs", [{"temperature": 0.0}, {"top_k": 1}, {"top_p": 1e-6}])
-def test_the_narrow_ends_are_greedy(knobs):
-    assert counts(**knobs)[np.argmax(LOGITS)] == 1.0
+def test_every_row_has_its_own_knobs():
+    """All settings in one batch give what each gives alone, greedy ones among them."""
+    settings = [*KNOBS, {"temperature": 0.0}]
+    chance = jax.random.uniform(jax.random.key(1), (len(settings),))
+    logits = jax.random.normal(jax.random.key(2), (len(settings), V)) * 2
+    each = [rows(knobs, 1) for knobs in settings]
+    together = [jnp.concatenate(column) for column in zip(*each, strict=True)]
+    found = draw(logits, chance, *together)
+    alone = [
+        draw(logits[i : i + 1], chance[i : i + 1], *knobs)[0] for i, knobs in enumerate(each)
+    ]
+    assert found.tolist() == [int(token) for token in alone]
+    assert found[-1] == np.argmax(logits[-1])
 
 
-def test_rows_are_drawn_apart_and_scored_by_the_unmodified_logits():
-    logits = jnp.asarray(np.random.default_rng(1).normal(0, 2, (5, V)), jnp.float32)
-    one = (jnp.float32(0.7), jnp.int32(4), jnp.float32(0.8))
-    tokens, scores = draw(logits, jax.random.key(0), *one)
-    assert tokens.dtype == jnp.int32 and scores.dtype == jnp.float32
-    wanted = np.take_along_axis(
-        np.asarray(jax.nn.log_softmax(logits)), np.asarray(tokens)[:, None], 1
-    )
-    np.testing.assert_allclose(scores, wanted[:, 0], rtol=1e-5, atol=1e-6)
-    again, _ = draw(logits, jax.random.key(0), *one)
-    np.testing.assert_array_equal(tokens, again)
-    several = {tuple(np.asarray(draw(logits, jax.random.key(i), *one)[0])) for i in range(8)}
-    assert len(several) > 1
+@pytest.mark.parametrize("chance", [0.0, 0.5, 1 - 2**-24])
+@pytest.mark.parametrize("knobs", KNOBS)
+def test_no_chance_leads_to_a_token_without_weight(chance, knobs):
+    logits = jnp.where(jnp.arange(V) % 3 == 1, jnp.asarray(LOGITS), -1e30)[None]
+    token = int(draw(logits, jnp.full(1, chance), *rows(knobs, 1))[0])
+    assert token % 3 == 1
 
 
-def test_logits_of_minus_infinity_are_never_drawn():
-    banned = jnp.asarray(LOGITS).at[np.argmax(LOGITS)].set(-jnp.inf)
-    rows = jnp.broadcast_to(banned, (200, V))
-    tokens, scores = draw(rows, jax.random.key(0), jnp.float32(1), jnp.int32(0), jnp.float32(1))
-    assert np.argmax(LOGITS) not in np.asarray(tokens) and np.all(np.isfinite(scores))
+def test_logprobs_are_of_the_whole_distribution():
+    logits = jnp.asarray(LOGITS)[None]
+    token = greedy(logits)
+    wide = LOGITS.astype(np.float64)
+    wanted = wide.max() - np.log(np.sum(np.exp(wide)))
+    assert int(token[0]) == np.argmax(LOGITS)
+    np.testing.assert_allclose(float(logprob(logits, token)[0]), wanted, atol=1e-5)
+
+
+def test_the_first_of_equals_is_taken():
+    assert greedy(jnp.zeros((2, 5))).tolist() == [0, 0]
+
+
+def test_penalties_by_hand():
+    logits = jnp.array([[2.0, -1.0, 0.5, 0.25]])
+    written, prompted = jnp.array([[2, 0, 1, 0]]), jnp.array([[False, True, False, False]])
+    one = jnp.ones(1)
+    found = penalized(logits, written, prompted, 0.5 * one, 0.25 * one, 2.0 * one)
+    # 2 / 2 - 0.5 - 2 * 0.25; -1 * 2; 0.5 / 2 - 0.5 - 0.25; as it was
+    np.testing.assert_allclose(found, [[0.0, -2.0, -0.5, 0.25]])
+
+
+def test_bits_say_which_tokens_are_allowed():
+    kept = np.random.default_rng(3).random(70) < 0.3
+    words = np.zeros(3, np.uint32)
+    for token in np.flatnonzero(kept):
+        words[token // 32] |= np.uint32(1 << (token % 32))
+    found = allowed(jnp.zeros((1, 70)), jnp.asarray(words)[None])[0]
+    assert ((found == 0) == kept).all()

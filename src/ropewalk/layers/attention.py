@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from ropewalk.layers.cache import Dense, Ring
+from ropewalk.layers.cache import Dense, Paged, Ring
 from ropewalk.layers.linear import INIT_STD, Linear
 from ropewalk.layers.norm import RMSNorm
 from ropewalk.ops import attention, mask, rope
@@ -102,17 +102,17 @@ class Attention(nnx.Module):
         spec = self.spec
         q, k = self._placed(self.query(x), self.key(x), ctx)
         v = shard(self.value(x), "batch", "time", "kv_heads", None)
-        near = spec.window, spec.chunk
+        near, here = (spec.window, spec.chunk), (ctx.positions, ctx.segment_ids)
+        how = {
+            "scale": spec.scale or spec.head_dim**-0.5,
+            "soft_cap": spec.soft_cap,
+            "sinks": None if self.sinks is None else self.sinks[...],
+        }
         if cache is None:
-            segments = ctx.segment_ids, ctx.segment_ids
-            seen = mask.visible(ctx.positions, ctx.positions, *segments, *near)
+            seen = mask.visible(here[0], here[0], here[1], here[1], *near)
+            y = self.attend(q, k, v, seen, **how)
         else:
-            stored = ctx.segment_ids > 0
-            cache, (k, v), there = cache.extend((k, v), ctx.positions, stored)
-            seen = mask.visible(ctx.positions, there, None, None, *near)
-        scale = spec.scale or spec.head_dim**-0.5
-        sinks = None if self.sinks is None else self.sinks[...]
-        y = self.attend(q, k, v, seen, scale, spec.soft_cap, sinks)
+            y, cache = cache.attend(q, (k, v), *here, near, self.attend, **how)
         y = y if self.gate is None else y * jax.nn.sigmoid(self.gate(x))
         return self.out(shard(y, "batch", "time", "heads", None)), cache
 
@@ -123,6 +123,15 @@ class Attention(nnx.Module):
         near = min(spec.window or length, spec.chunk or length)
         kind = Ring if near < length else Dense
         return kind.empty(batch, near, [(spec.kv_heads, spec.head_dim)] * 2, dtype)
+
+    @property
+    def span(self) -> int | None:
+        """How many positions back, its own among them, a query looks at most; None: all."""
+        return self.spec.window or self.spec.chunk
+
+    def init_pages(self, count: int, size: int, dtype: Any) -> Paged:
+        """`count` empty pages of `size` tokens each."""
+        return Paged.empty(count, size, [(self.spec.kv_heads, self.spec.head_dim)] * 2, dtype)
 
     def mixing_flops(self, length: int) -> float:
         """Operations of scores and weighted values, mean of a token in causal sequences of

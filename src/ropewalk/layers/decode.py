@@ -19,7 +19,7 @@ from ropewalk.core.config import Config
 from ropewalk.core.errors import ModelError
 from ropewalk.layers.linear import Linear
 from ropewalk.layers.lm import LM, held, parameters, table, with_parameters
-from ropewalk.ops.sample import sample
+from ropewalk.ops.sample import logprob, sample
 from ropewalk.parallel.axes import platform
 
 # Prompts and caches are padded to powers of two from here on, so that few programs are compiled.
@@ -57,8 +57,8 @@ class Decoder:
     def __init__(self, model: LM):
         """Takes over `model`, a concrete module; on a device mesh its weights stay as they are
         placed."""
-        self._mesh = _mesh_of(model)
-        model = _ready(model)
+        self._mesh = mesh_of(model)
+        model = ready(model)
         self.length = model.config.longest()
         self.vocab = model.config.vocab_size
         self._weights = parameters(model)
@@ -71,7 +71,7 @@ class Decoder:
 
     def refresh(self, model: LM) -> None:
         """Takes new weights for the same structure, e.g. later in training."""
-        self._weights = parameters(_ready(model))
+        self._weights = parameters(ready(model))
 
     def stream(
         self, prompts: Sequence[Sequence[int]], sampling: Sampling, stops: Sequence[int] = ()
@@ -99,20 +99,23 @@ class Decoder:
             segments[row, : len(prompt)] = 1
         ends = np.array([len(prompt) for prompt in prompts], np.int32)
         cache = self._cache(len(prompts), _padded(longest + new))
+        each = jnp.ones(len(prompts), jnp.float32)
         knobs = (
-            jnp.float32(sampling.temperature),
-            jnp.int32(sampling.top_k),
-            jnp.float32(sampling.top_p),
+            each * sampling.temperature,
+            jnp.full(len(prompts), sampling.top_k, jnp.int32),
+            each * sampling.top_p,
+            each * 0,
         )
         key = jax.random.key(sampling.seed)
-        state = self._prefill(self._weights, tokens, segments, cache, ends, key, knobs)
+        step_key = jax.random.fold_in(key, 0)
+        state = self._prefill(self._weights, tokens, segments, cache, ends, step_key, knobs)
         alive = [True] * len(prompts)
         for count in range(1, new + 1):
-            token, logprob, position, cache = state
+            token, score, position, cache = state
             if count < new:  # dispatched before this step's token is waited for
                 step_key = jax.random.fold_in(key, count)
                 state = self._decode(self._weights, cache, token, position, step_key, knobs)
-            ids, scores = np.asarray(token).tolist(), np.asarray(logprob).tolist()
+            ids, scores = np.asarray(token).tolist(), np.asarray(score).tolist()
             for row in range(len(prompts)):
                 if alive[row]:
                     yield Emitted(row, ids[row], scores[row])
@@ -124,14 +127,12 @@ class Decoder:
         model = with_parameters(self._structure, weights)
         x, cache, _ = model.hidden(tokens, segment_ids=segments, cache=cache)
         last = jnp.take_along_axis(x, (ends - 1)[:, None, None], axis=1)[:, 0]
-        token, logprob = sample(model.unembed(last), key, *knobs)
-        return token, logprob, ends, cache
+        return *_drawn(model.unembed(last), key, knobs), ends, cache
 
     def _next(self, weights, cache, token, position, key, knobs):
         model = with_parameters(self._structure, weights)
         logits, cache, _ = model(token[:, None], position[:, None], cache=cache)
-        token, logprob = sample(logits[:, 0], key, *knobs)
-        return token, logprob, position + 1, cache
+        return *_drawn(logits[:, 0], key, knobs), position + 1, cache
 
     def _cache(self, batch: int, length: int) -> list[Any]:
         dtype = self._weights["embed.weight"].dtype
@@ -161,8 +162,14 @@ class Decoder:
                 )
 
 
+def _drawn(logits, key, knobs):
+    """A token a row of logits [b, v], and its log-probability under them."""
+    token = sample(logits, jax.random.uniform(key, logits.shape[:1]), *knobs)
+    return token, logprob(logits, token)
+
+
 @jax.jit
-def _ready(model: LM) -> LM:
+def ready(model: LM) -> LM:
     """The model unstacked, its weights in the dtype it computes in, and for a CPU and bfloat16 the
     way few rows read them fastest."""
     if model.embed.dtype is not None:
@@ -177,7 +184,8 @@ def _ready(model: LM) -> LM:
     return model
 
 
-def _mesh_of(model: LM) -> Mesh | None:
+def mesh_of(model: LM) -> Mesh | None:
+    """The mesh of several devices that a model's weights lie on, if they do."""
     sharding = model.embed.weight[...].sharding
     mesh = sharding.mesh if isinstance(sharding, NamedSharding) else None
     return mesh if isinstance(mesh, Mesh) and mesh.size > 1 else None

@@ -65,17 +65,28 @@ class GatedDelta(nnx.Module):
     ) -> tuple[jax.Array, Recurrent | None]:
         """x [b, t, d] -> ([b, t, d], the cache after these tokens, or None).
 
-        The first document of a call with a cache goes on from it.
+        The first document of a call with a cache goes on from it; where the cache has several rows
+        and x has one, segment i goes on from row i - 1.
         """
         stored, documents = ctx.segment_ids > 0, document_numbers(ctx.segment_ids)
         before = self.init_cache(x.shape[0], x.shape[1], x.dtype) if cache is None else cache
+        rows = before.state.shape[0]
+        if rows > x.shape[0]:
+            stored = ctx.segment_ids == 1 + jnp.arange(rows)[:, None]
+            documents = jnp.zeros_like(stored, jnp.int32)
         (q, k, v), inputs = self._filtered(x, documents, stored, before.inputs)
         q, k = _unit(q, self.spec.key_dim**-0.5), _unit(k)
         rule = delta_rule.recurrent if x.shape[1] == 1 else delta_rule.chunked
-        y, state = rule(q, k, v, *self._rates(x), documents, stored, before.state)
+        rates = [jnp.broadcast_to(rate, (rows, *rate.shape[1:])) for rate in self._rates(x)]
+        y, state = rule(q, k, v, *rates, documents, stored, before.state)
+        if rows > x.shape[0]:
+            own = jnp.maximum(ctx.segment_ids - 1, 0)[:, :, None, None]
+            y = jnp.take_along_axis(y, own, axis=0)
         y = self.norm(y) * jax.nn.silu(self.norm_gate(x).astype(jnp.float32))
         y = self.readout(shard(y.astype(x.dtype), "batch", "time", "heads", None))
         return y, None if cache is None else Recurrent(state, inputs)
+
+    span = 0  # what a query looks at beside the state
 
     def init_cache(self, batch: int, length: int, dtype: Any) -> Recurrent:
         """An empty state for each of `batch` sequences; the same size for any `length`."""
@@ -138,9 +149,10 @@ class Filtered(nnx.Module):
     def __call__(
         self, x: jax.Array, carried: jax.Array, places: jax.Array, last: jax.Array
     ) -> tuple[jax.Array, jax.Array]:
-        """x [b, t, d], carried [b, w - 1, n h], `places` and `last` of `convolution.earlier` ->
-        ([b, t, n, h], what the next call is to carry)."""
+        """x [b, t, d] (or [1, t, d], for all rows), carried [b, w - 1, n h], `places` and `last` of
+        `convolution.earlier` -> ([b, t, n, h], what the next call is to carry)."""
         x = shard(self.project(x), "batch", "time", self.axis, None)
+        x = jnp.broadcast_to(x, (carried.shape[0], *x.shape[1:]))
         before = carried.reshape(*carried.shape[:2], *x.shape[2:]).astype(x.dtype)
         y = jax.nn.silu(convolution.causal(x, self.filter[...], before, places))
         after = convolution.taken(jnp.concatenate([before, x], axis=1), last)

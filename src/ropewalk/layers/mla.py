@@ -10,7 +10,7 @@ import pydantic
 from flax import nnx
 
 from ropewalk.layers.attention import Context, visible_keys
-from ropewalk.layers.cache import Dense
+from ropewalk.layers.cache import Dense, Paged
 from ropewalk.layers.config import Count, HeadDim, Rotary
 from ropewalk.layers.linear import INIT_STD, Linear, depth_std
 from ropewalk.layers.norm import RMSNorm
@@ -99,19 +99,33 @@ class LatentAttention(nnx.Module):
         down = self.down(x)[:, :, None]
         latent, k_turned = self.norm(down[..., : spec.latent]), turn(down[..., spec.latent :])
         latents = jnp.concatenate([latent, k_turned], axis=-1)  # [b, s, 1, r + rope_dim]
+        here, scale = (ctx.positions, ctx.segment_ids), spec.scale
         if cache is None:
-            segments = ctx.segment_ids, ctx.segment_ids
-            seen = mask.visible(ctx.positions, ctx.positions, *segments)
+            q, read = self._plain(q, q_turned)
+            seen = mask.visible(here[0], here[0], here[1], here[1])
+            y = self.attend(q, *read(latents), seen, scale)
+        elif self._absorbs(x.shape[1], cache.length):
+            q = self._absorbed(q, q_turned)
+            # The turned key stands in for values too, so that the cache is read where it lies.
+            everything = (latents,), *here, (None, None), self.attend
+            y, cache = cache.attend(q, *everything, lambda kept: (kept, kept), scale=scale)
+            value = self.value_up.weight[...].astype(q.dtype)
+            y = jnp.einsum("btnr,nhr->btnh", y[..., : spec.latent], value)
         else:
-            cache, (latents,), there = cache.extend((latents,), ctx.positions, ctx.segment_ids > 0)
-            seen = mask.visible(ctx.positions, there)
-        absorbed = cache is not None and self._absorbs(*seen.shape[1:])
-        y = (self._absorbed if absorbed else self._plain)(q, q_turned, latents, seen)
+            q, read = self._plain(q, q_turned)
+            everything = (latents,), *here, (None, None), self.attend
+            y, cache = cache.attend(q, *everything, read, scale=scale)
         return self.out(shard(y, "batch", "time", "heads", None)), cache
 
     def init_cache(self, batch: int, length: int, dtype: Any) -> Dense:
         """An empty cache for `length` tokens of each of `batch` sequences."""
         return Dense.empty(batch, length, [(1, self.spec.latent + self.spec.rope_dim)], dtype)
+
+    span = None  # a query looks at everything before it
+
+    def init_pages(self, count: int, size: int, dtype: Any) -> Paged:
+        """`count` empty pages of `size` tokens each."""
+        return Paged.empty(count, size, [(1, self.spec.latent + self.spec.rope_dim)], dtype)
 
     def mixing_flops(self, length: int) -> float:
         """Operations of scores and weighted values, mean of a token in causal sequences of
@@ -126,22 +140,24 @@ class LatentAttention(nnx.Module):
         plain = t * s * (inner + spec.rope_dim) + s * spec.latent * inner
         return t * s * (2 * spec.latent + spec.rope_dim) + t * spec.latent * inner < plain
 
-    def _plain(self, q, q_turned, latents, seen):
-        latent, k_turned = latents[..., 0, : self.spec.latent], latents[..., self.spec.latent :]
-        k = self.key_up(latent)
-        k_turned = jnp.broadcast_to(k_turned, (*k.shape[:3], k_turned.shape[-1]))
-        k = jnp.concatenate([k, k_turned], axis=-1)
-        q = shard(jnp.concatenate([q, q_turned], axis=-1), "batch", "time", "heads", None)
-        k = shard(k, "batch", "time", "heads", None)
-        v = shard(self.value_up(latent), "batch", "time", "heads", None)
-        return self.attend(q, k, v, seen, self.spec.scale)
+    def _plain(self, q, q_turned):
+        """Queries, and how keys and values of all heads are made from latents."""
 
-    def _absorbed(self, q, q_turned, latents, seen):
-        key, value = (one.weight[...].astype(q.dtype) for one in (self.key_up, self.value_up))
-        q = jnp.concatenate([jnp.einsum("btnh,nhr->btnr", q, key), q_turned], axis=-1)
-        # The turned key stands in for values too, so that the cache is read where it lies.
-        y = self.attend(q, latents, latents, seen, self.spec.scale)[..., : self.spec.latent]
-        return jnp.einsum("btnr,nhr->btnh", y, value)
+        def read(latents):
+            latent, k_turned = latents[..., 0, : self.spec.latent], latents[..., self.spec.latent :]
+            k = self.key_up(latent)
+            k_turned = jnp.broadcast_to(k_turned, (*k.shape[:3], k_turned.shape[-1]))
+            k = jnp.concatenate([k, k_turned], axis=-1)
+            v = self.value_up(latent)
+            return tuple(shard(each, "batch", "time", "heads", None) for each in (k, v))
+
+        q = jnp.concatenate([q, q_turned], axis=-1)
+        return shard(q, "batch", "time", "heads", None), read
+
+    def _absorbed(self, q, q_turned):
+        """Queries in the space of the latents."""
+        key = self.key_up.weight[...].astype(q.dtype)
+        return jnp.concatenate([jnp.einsum("btnh,nhr->btnr", q, key), q_turned], axis=-1)
 
 
 class LatentConfig(Rotary):

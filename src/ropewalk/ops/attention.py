@@ -30,9 +30,7 @@ def reference(
     scores: cap(s) = c tanh(s / c), arXiv:2408.00118 section 2. `sinks` [n] are scores of a key with
     no value that every query sees, arXiv:2309.17453. A query that sees nothing gets a finite value.
     """
-    if sinks is not None:
-        groups = sinks.astype(jnp.float32).reshape(k.shape[2], -1, 1)
-        sinks = jnp.broadcast_to(groups, (*groups.shape[:2], q.shape[1])).reshape(k.shape[2], -1, 1)
+    sinks = _sinks_by_head(sinks, k.shape[2], q.shape[1])
     q, k, v = _by_head(q, k.shape[2]), jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2)
     return _by_token(_one(q, k, v, seen[:, None], scale, soft_cap, sinks)[0], seen.shape[1])
 
@@ -74,6 +72,43 @@ def sequential(
     return _by_token(_sequential(scale, q, k, v, seen), seen.shape[1])
 
 
+Block = tuple[jax.Array, jax.Array, jax.Array]
+
+
+def streamed(
+    q: jax.Array,
+    block: Callable[[jax.Array], Block],
+    count: jax.Array,
+    scale: float,
+    soft_cap: float | None = None,
+    sinks: jax.Array | None = None,
+) -> jax.Array:
+    """As `reference`, over keys that come in `count` (at least 1) blocks and are read once, with a
+    running maximum and normaliser. arXiv:1805.02867
+
+    q [b,t,n,h], block(i) -> k [b,s,k,h], v [b,s,k,g], seen bool [b,t,s] -> [b,t,n,g].
+    """
+    k, v, seen = jax.eval_shape(block, jnp.int32(0))
+    rows = _by_head(q, k.shape[2])
+    sinks = _sinks_by_head(sinks, k.shape[2], q.shape[1])
+    one = jnp.zeros((*rows.shape[:3], 1), jnp.float32)
+    top = one + (_MASKED if sinks is None else sinks)
+    total = one if sinks is None else one + 1
+    y = jnp.zeros((*rows.shape[:3], v.shape[-1]), jnp.float32)
+
+    def step(i, carry):
+        top, total, y = carry
+        k, v, seen = block(i)
+        scores = _scores(rows, jnp.swapaxes(k, 1, 2), seen[:, None], scale, soft_cap)
+        highest = jnp.maximum(top, jnp.max(scores, axis=-1, keepdims=True))
+        kept, weights = jnp.exp(top - highest), jnp.exp(scores - highest)
+        total = total * kept + jnp.sum(weights, axis=-1, keepdims=True)
+        return highest, total, y * kept + _product(weights.astype(v.dtype), jnp.swapaxes(v, 1, 2))
+
+    _, total, y = jax.lax.fori_loop(0, count, step, (top, total, y))
+    return _by_token((y / total).astype(v.dtype), seen.shape[1])
+
+
 IMPLEMENTATIONS: dict[str, Attend] = {
     "reference": reference,
     "sequential": sequential,
@@ -95,6 +130,14 @@ def _by_head(q: jax.Array, kv_heads: int) -> jax.Array:
     """[b, t, n, h] -> [b, k, (n / k) * t, h]: every query of a key's group as one more row."""
     b, t, n, h = q.shape
     return jnp.swapaxes(q, 1, 2).reshape(b, kv_heads, n // kv_heads * t, h)
+
+
+def _sinks_by_head(sinks: jax.Array | None, kv_heads: int, t: int) -> jax.Array | None:
+    """[n] -> float32 [k, (n / k) * t, 1], beside the rows of `_by_head`."""
+    if sinks is None:
+        return None
+    groups = sinks.astype(jnp.float32).reshape(kv_heads, -1, 1)
+    return jnp.broadcast_to(groups, (*groups.shape[:2], t)).reshape(kv_heads, -1, 1)
 
 
 def _by_token(y: jax.Array, t: int) -> jax.Array:
