@@ -5,7 +5,7 @@ import sys
 
 _TUNABLES = "GLIBC_TUNABLES"
 _HUGE_PAGES = "glibc.malloc.hugetlb=1"
-_COMPUTING = ("train", "generate", "chat")
+_COMPUTING = ("train", "generate", "chat", "serve")
 
 
 def main() -> None:

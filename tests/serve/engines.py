@@ -6,7 +6,8 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 
-from ropewalk.serve.engine import Engine, Prefix, Row, Segment, Sizes, State
+from ropewalk.serve.engine import Engine, Prefix, Row, Sizes, State
+from ropewalk.serve.packed import Segment
 from ropewalk.serve.slots import Chosen, Settings
 from tests.families.tiny import tiny
 
@@ -36,7 +37,9 @@ class Desk:
         self.state, prefix = self.engine.prefill(self.state, segments, scored)
         return prefix
 
-    def read(self, tokens: Sequence[int], cut: Sequence[int] = ()) -> tuple[Prefix, list[list[int]]]:
+    def read(
+        self, tokens: Sequence[int], cut: Sequence[int] = ()
+    ) -> tuple[Prefix, list[list[int]]]:
         """A sequence read alone, in chunks that end at `cut`."""
         table, prefix = self.table(), None
         for start, end in itertools.pairwise([0, *cut, len(tokens)]):

@@ -6,7 +6,18 @@ from typing import Any
 
 import typer
 
-from ropewalk.cli import chat, data, doctor, export, generate, inspect, tokenizer, train, verify
+from ropewalk.cli import (
+    chat,
+    data,
+    doctor,
+    export,
+    generate,
+    inspect,
+    serve,
+    tokenizer,
+    train,
+    verify,
+)
 from ropewalk.cli import import_ as importing
 from ropewalk.core.errors import UserError
 from ropewalk.core.log import setup
@@ -22,6 +33,7 @@ app = typer.Typer(
 app.command()(train.train)
 app.command()(generate.generate)
 app.command()(chat.chat)
+app.command()(serve.serve)
 app.command()(export.export)
 app.command("import")(importing.import_)
 app.command()(inspect.inspect)

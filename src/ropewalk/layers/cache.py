@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from ropewalk.ops import mask
-from ropewalk.ops.attention import Attend, streamed
+from ropewalk.ops.attention import Attend, Block, streamed
 
 Buffers = tuple[jax.Array, ...]
 # What is stored of some tokens, each [b, s, k, h], as their keys and values.
@@ -191,7 +191,7 @@ class Paged:
         cache, many, size = self._put(new), together_of(self.size), self.size
         view = self.viewed
 
-        def block(i: jax.Array) -> Buffers:
+        def block(i: jax.Array) -> Block:
             def cut(x: jax.Array) -> jax.Array:
                 return jax.lax.dynamic_slice_in_dim(x, i * many, many, 1)
 

@@ -77,8 +77,8 @@ class GatedDelta(nnx.Module):
         (q, k, v), inputs = self._filtered(x, documents, stored, before.inputs)
         q, k = _unit(q, self.spec.key_dim**-0.5), _unit(k)
         rule = delta_rule.recurrent if x.shape[1] == 1 else delta_rule.chunked
-        rates = [jnp.broadcast_to(rate, (rows, *rate.shape[1:])) for rate in self._rates(x)]
-        y, state = rule(q, k, v, *rates, documents, stored, before.state)
+        g, beta = (jnp.broadcast_to(rate, (rows, *rate.shape[1:])) for rate in self._rates(x))
+        y, state = rule(q, k, v, g, beta, documents, stored, before.state)
         if rows > x.shape[0]:
             own = jnp.maximum(ctx.segment_ids - 1, 0)[:, :, None, None]
             y = jnp.take_along_axis(y, own, axis=0)

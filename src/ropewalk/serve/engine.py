@@ -7,7 +7,7 @@ in the order they are called, so a page may be given to another as soon as its l
 import dataclasses
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -21,6 +21,7 @@ from ropewalk.layers.decode import mesh_of, ready
 from ropewalk.layers.lm import LM, parameters, table, with_parameters
 from ropewalk.ops.sample import logprob
 from ropewalk.serve import slots as slots_
+from ropewalk.serve.packed import Packed, Segment
 from ropewalk.serve.slots import MOST_RANKED, Chosen, Settings, Slots
 
 # The shortest prefill; longer ones are padded to powers of two from here on.
@@ -61,18 +62,6 @@ class State:
     """int32 [s, v], of `slots.choose`"""
 
 
-@dataclasses.dataclass(frozen=True)
-class Segment:
-    """Tokens of one sequence to be read, from position `start` on."""
-
-    tokens: Sequence[int]
-    start: int
-    tables: Sequence[Sequence[int]]
-    """of every group, the page of each block of the sequence; -1 for one that is not needed"""
-    carry: Any = None
-    """what recurrent layers know of the tokens before, of a Prefix; None: there are none"""
-
-
 Scores = tuple[jax.Array, jax.Array, jax.Array]
 
 
@@ -82,6 +71,8 @@ class Prefix:
 
     hidden: jax.Array
     """[p, d], the final hidden state of each segment's last token"""
+    sums: jax.Array
+    """float32 [p, d], of the final hidden states of each segment's tokens"""
     carries: Sequence[Any]
     """of each segment, what recurrent layers know now"""
     lengths: Sequence[int]
@@ -100,7 +91,8 @@ class Row:
 
 
 class Engine:
-    """A model and the programs that serve it. Every public method that takes a State consumes it."""
+    """A model and the programs that serve it. Every method that gives back a State consumes the
+    one it is given."""
 
     def __init__(self, model: LM, sizes: Sizes | None = None):
         """Takes over `model`, a concrete module. Raises ModelError for sizes that cannot be."""
@@ -160,14 +152,14 @@ class Engine:
 
         `scored` prefills tell how likely every token was, at the price of its logits.
         """
-        row = _Row(self, segments, scored)
+        row = Packed(self, segments, scored)
         carries = [self._zero if s.carry is None else s.carry for s in segments]
         carries += [self._zero] * (self.sizes.pack - len(segments))
-        state, hidden, after, scores = self._prefill(
+        state, (hidden, sums), after, scores = self._prefill(
             self._weights, state, row.tokens, row.views, row.ends, tuple(carries), row.following
         )
         lengths = [s.start + len(s.tokens) for s in segments]
-        return state, Prefix(hidden, after[: len(segments)], lengths, scores)
+        return state, Prefix(hidden, sums, after[: len(segments)], lengths, scores)
 
     def insert(
         self,
@@ -188,7 +180,7 @@ class Engine:
         slot[: len(places)] = [place for _, place, _ in places]
         entries = [(settings, prefix.lengths[segment]) for segment, _, settings in places]
         new = slots_.rows(entries, most, self.vocab)
-        carries = [prefix.carries[i] for i in which]
+        carries = [prefix.carries[int(i)] for i in which]
         return self._insert(
             self._weights, state, prefix.hidden, which, tuple(carries), slot, new,
             *self._bits(bits, most),
@@ -208,11 +200,11 @@ class Engine:
         for place, row in enumerate(rows):
             for held, own in zip(tables, row.tables, strict=True):
                 held[place, : len(own)] = own
-        return self._generate(
-            self._weights, state, slot, tuple(tables), *self._bits(bits, many)
-        )
+        return self._generate(self._weights, state, slot, tuple(tables), *self._bits(bits, many))
 
-    def count(self, state: State, slot: int, prompt: Sequence[int], written: Sequence[int]) -> State:
+    def count(
+        self, state: State, slot: int, prompt: Sequence[int], written: Sequence[int]
+    ) -> State:
         """Tells a slot that is about to be inserted what penalties go by."""
         row = np.zeros(self.vocab, np.int32)
         row[np.unique(np.asarray(prompt, np.int64))] += slots_.PROMPTED
@@ -238,10 +230,31 @@ class Engine:
         caches = [
             cache
             if group is None
-            else jax.tree.map(lambda pool, x, g=group: pool.at[np.asarray(tables[g])].set(x), cache, one)
+            else jax.tree.map(
+                lambda pool, x, g=group: pool.at[np.asarray(tables[g])].set(x), cache, one
+            )
             for group, cache, one in zip(self._group, state.caches, kept, strict=True)
         ]
         return dataclasses.replace(state, caches=caches)
+
+    def warm(self) -> Iterator[tuple[int, int]]:
+        """Compiles every program that serving runs, and tells after each how many of how many."""
+        state, tables = self.init_decode_state(), [[0] * self.blocks for _ in self.spans]
+        read = [(length, False) for length in self.lengths()] + [(self.sizes.chunk, True)]
+        many = sorted({self.rows(n + 1) for n in range(self.sizes.slots)})
+        total, done = len(read) + len(many) + 2, 0
+        state = self.count(state, 0, [0], [])
+        yield (done := done + 1), total
+        for length, scored in reversed(read):
+            segment = Segment([0] * min(length, self.sizes.length), 0, tables)
+            state, prefix = self.prefill(state, [segment], scored)
+            yield (done := done + 1), total
+            if length == _SHORTEST:
+                state, _ = self.insert(state, prefix, [(0, 0, Settings(limit=1))])
+                yield (done := done + 1), total
+        for count in many:
+            state, _ = self.generate(state, [Row(slot, tables) for slot in range(count)])
+            yield (done := done + 1), total
 
     def rows(self, count: int) -> int:
         """The number of rows that `count` slots are padded to."""
@@ -287,24 +300,22 @@ class Engine:
     def _read(self, weights, state, tokens, views, ends, carries, following):
         model = with_parameters(self._structure, weights)
         segments, positions = tokens[1:2], tokens[2:3]
-        given = [jax.tree.map(lambda *each: jnp.concatenate(each), *one) for one in zip(*carries)]
-        caches = self._viewed(state.caches, views, given)
+        caches = self._viewed(state.caches, views, _together(carries))
         x, caches, _ = model.hidden(tokens[:1], positions, segments, caches)
         scores = None if following is None else _scored(model, x[0], following)
-        kept = [cache for cache, group in zip(caches, self._group) if group is None]
-        after = [
-            jax.tree.map(lambda c, i=i: c[i : i + 1], kept) for i in range(self.sizes.pack)
-        ]
+        kept = [caches[layer] for layer in self._recurrents()]
+        after = [jax.tree.map(lambda c, i=i: c[i : i + 1], kept) for i in range(self.sizes.pack)]
+        own = segments == 1 + jnp.arange(self.sizes.pack)[:, None]
+        sums = own.astype(jnp.float32) @ x[0].astype(jnp.float32)
         state = dataclasses.replace(state, caches=self._closed(caches, state.caches))
-        return state, x[0, ends], after, scores
+        return state, (x[0, ends], sums), after, scores
 
     def _begin(self, weights, state, hidden, which, carries, slot, new, bits, constrained):
         model = with_parameters(self._structure, weights)
         logits = model.unembed(hidden[which])
         chosen = self._chosen(logits, new, state.counts, slot, bits, constrained)
         caches = list(state.caches)
-        given = [jax.tree.map(lambda *each: jnp.concatenate(each), *one) for one in zip(*carries)]
-        for layer, one in zip(self._recurrents(), given, strict=True):
+        for layer, one in zip(self._recurrents(), _together(carries), strict=True):
             caches[layer] = jax.tree.map(
                 lambda all_, x: all_.at[slot].set(x, mode="drop"), caches[layer], one
             )
@@ -429,10 +440,11 @@ class Engine:
         counts = {self.sizes.pack, *(self.rows(n + 1) for n in range(self.sizes.slots))}
         return {count: jnp.full((count, words), 2**32 - 1, jnp.uint32) for count in counts}
 
-    def _bits(self, bits: np.ndarray | None, count: int) -> tuple[Any, bool]:
+    def _bits(self, bits: np.ndarray | None, count: int) -> tuple[Any, np.bool]:
         if bits is None:
-            return self._everything[count], False
-        return np.concatenate([bits, np.repeat(bits[:1], count - len(bits), axis=0)]), True
+            return self._everything[count], np.False_
+        rest = np.repeat(bits[:1], count - len(bits), axis=0)
+        return np.concatenate([bits, rest]), np.True_
 
     def _shardings(self) -> State | None:
         """Pools [p, k, size, ...] lie as the heads of keys do; everything else on every device."""
@@ -453,48 +465,12 @@ class Engine:
         return dataclasses.replace(rest, caches=caches)
 
 
-class _Row:
-    """Segments side by side in one row of a prefill, as arrays."""
-
-    def __init__(self, engine: Engine, segments: Sequence[Segment], scored: bool):
-        sizes, read = engine.sizes, sum(len(s.tokens) for s in segments)
-        if not segments or len(segments) > sizes.pack or not 0 < read <= sizes.chunk:
-            raise ModelError(
-                f"{len(segments)} sequences with {read} tokens are to be read at once; the engine "
-                f"takes 1 to {sizes.pack} with at most {sizes.chunk}"
-            )
-        length = next(n for n in engine.lengths() if n >= (sizes.chunk if scored else read))
-        self.tokens = np.zeros((3, length), np.int32)  # tokens, segments, positions
-        self.ends = np.zeros(sizes.pack, np.int32)
-        self.following = np.zeros(length, np.int32) if scored else None
-        at = 0
-        for number, s in enumerate(segments):
-            here = slice(at, at + len(s.tokens))
-            self.tokens[0, here] = s.tokens
-            self.tokens[1, here] = number + 1
-            self.tokens[2, here] = np.arange(s.start, s.start + len(s.tokens))
-            at += len(s.tokens)
-            self.ends[number] = at - 1
-            if self.following is not None:
-                self.following[here][:-1] = s.tokens[1:]
-        self.views = [self._view(engine, group, segments) for group in range(len(engine.spans))]
-
-    def _view(self, engine: Engine, group: int, segments: Sequence[Segment]) -> View:
-        size, span = engine.sizes.page, engine.spans[group]
-        seen = np.zeros((3, 1, engine.columns(engine.width)), np.int32)  # pages, first, owner
-        place = np.full((1, self.tokens.shape[1]), engine.sizes.pages[group] * size, np.int32)
-        count = at = 0
-        for number, s in enumerate(segments):
-            pages, end = np.asarray(s.tables[group], np.int32), s.start + len(s.tokens)
-            first = 0 if span is None else max(0, s.start - span + 1) // size
-            blocks = np.arange(first, -(-end // size))
-            new = slice(count, count + len(blocks))
-            seen[:, 0, new] = pages[blocks], blocks * size, np.full(len(blocks), number + 1)
-            count = new.stop
-            positions = np.arange(s.start, end)
-            place[0, at : at + len(s.tokens)] = pages[positions // size] * size + positions % size
-            at += len(s.tokens)
-        return View(*seen, place, np.int32(count))  # pyright: ignore[reportArgumentType] (numpy's)
+def _together(carries: Sequence[list[Recurrent]]) -> list[Recurrent]:
+    """What each recurrent layer knows of several sequences, a row each."""
+    return [
+        jax.tree.map(lambda *each: jnp.concatenate(each), *one)
+        for one in zip(*carries, strict=True)
+    ]
 
 
 def _kv_axes(model: LM) -> tuple[str, ...]:

@@ -171,8 +171,8 @@ def choose(
         shape = logits.shape[0], most
         return jnp.zeros(shape, jnp.int32), jnp.zeros(shape, jnp.float32)
 
-    told = jax.lax.cond(jnp.any(slots.ranked), ranked, nothing)
-    return Chosen(token, score, *told, jnp.ones_like(slots.done))
+    which, told = jax.lax.cond(jnp.any(slots.ranked), ranked, nothing)
+    return Chosen(token, score, which, told, jnp.ones_like(slots.done))
 
 
 PROMPTED = 1 << 24
@@ -199,10 +199,9 @@ def _changed(logits: jax.Array, slots: Slots, counts: jax.Array, at: jax.Array) 
 
 
 def _chance(slots: Slots) -> jax.Array:
-    """Uniform in [0, 1), by a slot's seed and how many tokens it has written: nobody else's matter."""
+    """Uniform in [0, 1), by a slot's seed and how many tokens it has written, and nothing else."""
 
     def one(seed: jax.Array, count: jax.Array) -> jax.Array:
         return jax.random.uniform(jax.random.fold_in(jax.random.key(seed), count))
 
     return jax.vmap(one)(slots.seed, slots.count)
-

@@ -1,0 +1,323 @@
+"""What may be asked: the fields of every request, their types and bounds. Nothing reaches the
+engine that has not passed here, as a device takes an id out of range for another."""
+
+from typing import Annotated, Any, Literal
+
+import pydantic
+from pydantic import Field
+
+from ropewalk.core.errors import UserError
+from ropewalk.serve.slots import MOST_BIASES, MOST_RANKED, MOST_STOPS, Settings
+
+MOST_CHOICES = 16
+MOST_PROMPTS = 64
+MOST_MESSAGES = 2048
+MOST_TOOLS = 128
+_STOP_LENGTH = 256
+_WORD = Field(max_length=256)
+
+Id = Annotated[int, Field(ge=0, lt=2**31)]
+Word = Annotated[str, _WORD]
+
+
+class BadRequest(UserError):
+    """A request that cannot be served as it is; `param` names the field."""
+
+    def __init__(self, message: str, param: str | None = None, code: str | None = None):
+        super().__init__(message)
+        self.param, self.code = param, code
+
+
+class Asked(pydantic.BaseModel):
+    """A request's body. Fields that are not known are tolerated and told in a header."""
+
+    model_config = pydantic.ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
+
+    @property
+    def unknown(self) -> list[str]:
+        """Names of fields that change nothing."""
+        return sorted(self.model_extra or {})
+
+
+class StreamOptions(Asked):
+    """How a stream is told."""
+
+    include_usage: bool | None = None
+
+
+class Sampled(Asked):
+    """What all requests for text share."""
+
+    model: Word
+    temperature: float | None = Field(None, ge=0, le=2)
+    top_p: float | None = Field(None, ge=0, le=1)
+    top_k: int | None = Field(None, ge=-1, lt=2**31, description="only the k best; 0 or -1: all")
+    min_p: float | None = Field(None, ge=0, le=1)
+    presence_penalty: float | None = Field(None, ge=-2, le=2)
+    frequency_penalty: float | None = Field(None, ge=-2, le=2)
+    repetition_penalty: float | None = Field(None, gt=0, le=10)
+    seed: int | None = Field(None, ge=-(2**63), lt=2**63)
+    stop: (
+        Annotated[str, Field(min_length=1, max_length=_STOP_LENGTH)]
+        | Annotated[
+            list[Annotated[str, Field(min_length=1, max_length=_STOP_LENGTH)]],
+            Field(max_length=MOST_STOPS),
+        ]
+        | None
+    ) = None
+    stop_token_ids: Annotated[list[Id], Field(max_length=MOST_STOPS)] | None = None
+    ignore_eos: bool | None = None
+    logit_bias: (
+        Annotated[
+            dict[
+                Annotated[str, Field(pattern=r"^\d{1,10}$")],
+                Annotated[float, Field(ge=-100, le=100)],
+            ],
+            Field(max_length=MOST_BIASES),
+        ]
+        | None
+    ) = None
+    n: int | None = Field(None, ge=1, le=MOST_CHOICES)
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    priority: int | None = Field(None, ge=-100, le=100, description="lower is sooner")
+    cache_salt: Annotated[str, Field(min_length=1, max_length=256)] | None = None
+    user: Word | None = None
+
+    def stops(self) -> list[str]:
+        """Texts that end an answer."""
+        return [self.stop] if isinstance(self.stop, str) else self.stop or []
+
+    def settings(
+        self, limit: int, vocab: int, ends: tuple[int, ...], seed: int, ranked: bool
+    ) -> Settings:
+        """For one answer of at most `limit` tokens that the model's `ends` end. Raises BadRequest
+        for ids that the model lacks."""
+        stops = () if self.ignore_eos else ends
+        stops = tuple(dict.fromkeys((*stops, *(self.stop_token_ids or ()))))
+        biases = {int(token): bias for token, bias in (self.logit_bias or {}).items()}
+        for name, ids in (("stop_token_ids", stops), ("logit_bias", biases)):
+            outside = [token for token in ids if token >= vocab]
+            if outside:
+                raise BadRequest(
+                    f"{name} has token {outside[0]}; the model's vocabulary is 0 to {vocab - 1}",
+                    name,
+                )
+        if len(stops) > MOST_STOPS:
+            raise BadRequest(
+                f"{len(stops)} tokens would end an answer, the model's own {len(ends)} among them; "
+                f"{MOST_STOPS} may: give fewer stop_token_ids",
+                "stop_token_ids",
+            )
+        return Settings(
+            limit=limit,
+            temperature=1.0 if self.temperature is None else self.temperature,
+            top_k=max(self.top_k or 0, 0),
+            top_p=1.0 if self.top_p is None else self.top_p,
+            min_p=self.min_p or 0.0,
+            presence=self.presence_penalty or 0.0,
+            frequency=self.frequency_penalty or 0.0,
+            repetition=1.0 if self.repetition_penalty is None else self.repetition_penalty,
+            seed=seed % 2**32,
+            stops=stops,
+            biases=biases,
+            ranked=ranked,
+        )
+
+
+Prompt = Annotated[str, Field(max_length=4 * 2**20)]
+Ids = Annotated[list[Id], Field(max_length=2**20)]
+
+
+class Completion(Sampled):
+    """Body of `/v1/completions`."""
+
+    prompt: (
+        Prompt
+        | Ids
+        | Annotated[list[Prompt], Field(max_length=MOST_PROMPTS)]
+        | Annotated[list[Ids], Field(max_length=MOST_PROMPTS)]
+    )
+    max_tokens: int | None = Field(None, ge=0)
+    logprobs: int | None = Field(None, ge=0, le=MOST_RANKED)
+    echo: bool | None = None
+    best_of: int | None = Field(None, ge=1, le=MOST_CHOICES)
+    suffix: str | None = None
+
+    @pydantic.model_validator(mode="after")
+    def _possible(self) -> "Completion":
+        if self.suffix:
+            raise ValueError("suffix: text cannot be filled in; leave suffix out")
+        if self.best_of is not None and self.best_of != (self.n or 1):
+            raise ValueError("best_of: must equal n, as no answers are ranked; leave it out")
+        return self
+
+
+class Part(Asked):
+    """A part of a message's content; only text can be read."""
+
+    type: Literal["text"]
+    text: str
+
+
+class Function(Asked):
+    """A function that a tool names, or that was called."""
+
+    name: Annotated[str, Field(pattern=r"^[a-zA-Z0-9_.\-]{1,64}$")]
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+class Tool(Asked):
+    """A tool that may be called."""
+
+    type: Literal["function"]
+    function: Function
+
+
+class Called(Asked):
+    """A function with the arguments that it was called with, as JSON text."""
+
+    name: Annotated[str, Field(max_length=64)]
+    arguments: str
+
+
+class ToolCall(Asked):
+    """A call in an earlier answer."""
+
+    id: Word
+    type: Literal["function"] = "function"
+    function: Called
+
+
+class Message(Asked):
+    """A message of a conversation."""
+
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: str | Annotated[list[Part], Field(max_length=256)] | None = None
+    name: Word | None = None
+    tool_calls: Annotated[list[ToolCall], Field(max_length=MOST_TOOLS)] | None = None
+    tool_call_id: Word | None = None
+    reasoning_content: str | None = None
+
+    @pydantic.model_validator(mode="after")
+    def _something(self) -> "Message":
+        if self.content is None and not (self.role == "assistant" and self.tool_calls):
+            raise ValueError("content: is missing")
+        return self
+
+    @property
+    def text(self) -> str:
+        """The content, its parts one after the other."""
+        parts = self.content
+        return "".join(p.text for p in parts) if isinstance(parts, list) else parts or ""
+
+
+class JsonSchema(Asked):
+    """A schema that an answer follows."""
+
+    name: Word | None = None
+    description: str | None = None
+    schema_: dict[str, Any] = Field(default_factory=dict, alias="schema")
+    strict: bool | None = None
+
+
+class ResponseFormat(Asked):
+    """What an answer looks like."""
+
+    type: Literal["text", "json_object", "json_schema", "regex"]
+    json_schema: JsonSchema | None = None
+    regex: Annotated[str, Field(min_length=1, max_length=8192)] | None = None
+
+    @pydantic.model_validator(mode="after")
+    def _whole(self) -> "ResponseFormat":
+        for kind in ("json_schema", "regex"):
+            if self.type == kind and getattr(self, kind) is None:
+                raise ValueError(f"{kind}: is missing")
+        return self
+
+
+class NamedFunction(Asked):
+    """The function that is to be called."""
+
+    name: Annotated[str, Field(max_length=64)]
+
+
+class NamedTool(Asked):
+    """The tool that is to be called."""
+
+    type: Literal["function"]
+    function: NamedFunction
+
+
+class Chat(Sampled):
+    """Body of `/v1/chat/completions`."""
+
+    messages: Annotated[list[Message], Field(min_length=1, max_length=MOST_MESSAGES)]
+    max_tokens: int | None = Field(None, ge=1)
+    max_completion_tokens: int | None = Field(None, ge=1)
+    logprobs: bool | None = None
+    top_logprobs: int | None = Field(None, ge=0, le=MOST_RANKED)
+    tools: Annotated[list[Tool], Field(max_length=MOST_TOOLS)] | None = None
+    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
+    parallel_tool_calls: bool | None = None
+    response_format: ResponseFormat | None = None
+    chat_template_kwargs: (
+        Annotated[
+            dict[Annotated[str, Field(max_length=64)], bool | int | float | Word],
+            Field(max_length=16),
+        ]
+        | None
+    ) = None
+
+    @pydantic.model_validator(mode="after")
+    def _possible(self) -> "Chat":
+        if self.top_logprobs and not self.logprobs:
+            raise ValueError("top_logprobs: needs logprobs = true")
+        chosen = self.tool_choice
+        if chosen not in (None, "none", "auto") and not self.tools:
+            raise ValueError("tool_choice: needs tools")
+        names = [tool.function.name for tool in self.tools or ()]
+        if isinstance(chosen, NamedTool) and chosen.function.name not in names:
+            raise ValueError(f"tool_choice: {chosen.function.name} is not among the tools")
+        return self
+
+
+class Embeddings(Asked):
+    """Body of `/v1/embeddings`."""
+
+    model: Word
+    input: (
+        Prompt
+        | Ids
+        | Annotated[list[Prompt], Field(min_length=1, max_length=MOST_PROMPTS)]
+        | Annotated[list[Ids], Field(min_length=1, max_length=MOST_PROMPTS)]
+    )
+    encoding_format: Literal["float", "base64"] | None = None
+    dimensions: int | None = Field(None, ge=1)
+    pooling: Literal["mean", "last"] | None = Field(None, description="mean by default")
+    priority: int | None = Field(None, ge=-100, le=100)
+    user: Word | None = None
+
+
+class Tokenize(Asked):
+    """Body of `/tokenize`: a prompt, or messages."""
+
+    model: Word | None = None
+    prompt: Prompt | None = None
+    messages: Annotated[list[Message], Field(min_length=1, max_length=MOST_MESSAGES)] | None = None
+    add_generation_prompt: bool = True
+
+    @pydantic.model_validator(mode="after")
+    def _one(self) -> "Tokenize":
+        if (self.prompt is None) == (self.messages is None):
+            raise ValueError("prompt: give either prompt or messages")
+        return self
+
+
+class Detokenize(Asked):
+    """Body of `/detokenize`."""
+
+    model: Word | None = None
+    tokens: Ids

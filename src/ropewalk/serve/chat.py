@@ -1,0 +1,213 @@
+"""`/v1/chat/completions`: the next message of a conversation, with tool calls, reasoning, and
+formats that it must keep to."""
+
+import dataclasses
+import json
+import secrets
+import time
+from collections.abc import AsyncIterator
+from typing import Any
+
+from fastapi import Request
+from fastapi.concurrency import run_in_threadpool
+from fastapi.responses import JSONResponse, Response
+
+from ropewalk.core.errors import UserError
+from ropewalk.serve import grammar, reasoning, tool_choice, tools
+from ropewalk.serve.asked import BadRequest, Chat, Message, NamedTool, ResponseFormat
+from ropewalk.serve.completions import streaming, unknown, warned
+from ropewalk.serve.generation import Answer, Generation, Host, Step, attended
+from ropewalk.serve.text import Writer, chat_logprobs, spelled
+from ropewalk.text import chat as templates
+
+# What a template gets from us, which no request may give.
+_RESERVED = {
+    "messages", "tools", "add_generation_prompt", "bos_token", "eos_token", "pad_token",
+    "chat_template", "documents",
+}  # fmt: skip
+
+
+@dataclasses.dataclass
+class Conversation:
+    """A conversation made ready: its tokens, and how its answer is to be read."""
+
+    prompt: tuple[int, ...]
+    inside: bool | None
+    form: tools.Format | None
+    choice: tool_choice.Choice
+    matcher: grammar.Matcher | None
+
+    def parser(self) -> tools.Parser:
+        """For one answer."""
+        return tools.Parser(self.form, self.choice.functions, self.inside)
+
+
+async def chat_completions(host: Host, asked: Chat, request: Request) -> Response:
+    """The answers, whole or as a stream. Raises BadRequest."""
+    host.check_model(asked.model)
+    conversation = await prepared(host, asked)
+    wanted = asked.max_completion_tokens or asked.max_tokens
+    room, note = host.room(conversation.prompt, wanted)
+    headers = warned([*([note] if note else []), *unknown(asked.unknown)])
+    whole = _Whole(host, asked, begin(host, asked, conversation, room), conversation)
+    if asked.stream:
+        return streaming(whole.stream(), headers)
+    return JSONResponse(await attended(request, whole.body()), headers=headers)
+
+
+def begin(host: Host, asked: Chat, conversation: Conversation, room: int) -> Generation:
+    """Begins to write. Raises BadRequest, and QueueFull."""
+    ranked = bool(asked.logprobs and asked.top_logprobs)
+    prompts = [conversation.prompt], [room], conversation.matcher, ranked
+    jobs = host.jobs(asked, *prompts)
+    markers = conversation.form.markers if conversation.form else ()
+    written = spelled(host.tokenizer, (*markers, *reasoning.MARKERS))
+    ends = () if asked.ignore_eos else host.tokenizer.eos_ids
+    answers = [Answer(Writer(host.tokenizer, asked.stops(), ends, written)) for _ in jobs]
+    return Generation(host, jobs, answers)
+
+
+async def prepared(host: Host, asked: Chat) -> Conversation:
+    """The conversation as its model reads it. Raises BadRequest."""
+    extra: dict[str, Any] = dict(asked.chat_template_kwargs or {})
+    taken = _RESERVED & extra.keys()
+    if taken:
+        raise BadRequest(
+            f"chat_template_kwargs has {', '.join(sorted(taken))}, which the server gives itself",
+            "chat_template_kwargs",
+        )
+    template, tokenizer = host.tokenizer.chat_template, host.tokenizer
+    listed = [tool.model_dump(exclude_none=True) for tool in asked.tools or ()]
+    how = asked.tool_choice
+    named = how.model_dump() if isinstance(how, NamedTool) else how
+    try:
+        choice = tool_choice.choose(listed, named, asked.parallel_tool_calls is not False)
+    except UserError as error:
+        raise BadRequest(f"tools: {error}", "tools") from None
+    form = tools.detect(template) if choice.functions else None
+    if choice.functions and form is None:
+        raise BadRequest(
+            "tools: the chat template of this model knows none of the ways to call them: leave "
+            'tools out, or say tool_choice = "none"',
+            "tools",
+        )
+    if choice.functions:
+        extra["tools"] = listed
+    messages = [message(one) for one in asked.messages]
+    try:
+        text = await run_in_threadpool(templates.render, tokenizer, messages, True, **extra)
+        ids = await run_in_threadpool(templates.encode, tokenizer, messages, True, **extra)
+    except UserError as error:
+        raise BadRequest(f"messages: {error}", "messages") from None
+    inside = reasoning.detect(template, text)
+    matcher = await _matcher(host, asked.response_format, form, choice, inside)
+    return Conversation(host.checked(ids, "messages"), inside, form, choice, matcher)
+
+
+def message(one: Message) -> dict[str, Any]:
+    """A message as templates read it, with arguments of calls as objects where they are such."""
+    told = one.model_dump(exclude_none=True, exclude={"content"})
+    told["content"] = one.text
+    for call in told.get("tool_calls", ()):
+        call["function"]["arguments"] = _arguments(call["function"]["arguments"])
+    return told
+
+
+def _arguments(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return text
+
+
+async def _matcher(
+    host: Host,
+    wanted: ResponseFormat | None,
+    form: tools.Format | None,
+    choice: tool_choice.Choice,
+    inside: bool | None,
+) -> grammar.Matcher | None:
+    if form is not None and choice.forced:
+        special = {text: i for i, text in host.tokenizer.vocabulary.specials.items()}
+        text = tool_choice.grammar(form, choice, inside, special)
+        return await host.matcher(grammar.Lark(text), "tools")
+    if wanted is None or wanted.type == "text":
+        return None
+    if wanted.json_schema is not None and wanted.type == "json_schema":
+        spec: Any = grammar.Schema(wanted.json_schema.schema_)
+    elif wanted.regex is not None and wanted.type == "regex":
+        spec = grammar.Regex(wanted.regex)
+    else:
+        spec = grammar.Schema({"type": "object"})
+    return await host.matcher(spec, "response_format")
+
+
+class _Whole:
+    """The shapes of the answers."""
+
+    def __init__(self, host: Host, asked: Chat, generation: Generation, conversation: Conversation):
+        self.host, self.asked, self.generation = host, asked, generation
+        self.parsers = [conversation.parser() for _ in generation.jobs]
+        self.head = {
+            "id": f"chatcmpl-{secrets.token_hex(12)}",
+            "created": int(time.time()),
+            "model": host.name,
+        }
+
+    async def body(self) -> dict[str, Any]:
+        """Of an answer that is told at once."""
+        try:
+            answers = await self.generation.all()
+        finally:
+            self.generation.close()
+        choices = []
+        for i, (answer, parser) in enumerate(zip(answers, self.parsers, strict=True)):
+            deltas = [*parser.feed(answer.text), *parser.finish()]
+            told = {
+                "index": i,
+                "message": {"refusal": None, **reasoning.message(deltas)},
+                "logprobs": self._logprobs(answer.tokens),
+                "finish_reason": _reason(answer.reason, parser),
+            }
+            choices.append(told)
+        usage = self.generation.usage()
+        return {**self.head, "object": "chat.completion", "choices": choices, "usage": usage}
+
+    async def stream(self) -> AsyncIterator[dict[str, Any]]:
+        """Chunks, as text comes."""
+        try:
+            for i in range(len(self.parsers)):
+                yield self._chunk(i, {"role": "assistant", "content": ""})
+            async for step in self.generation.steps():
+                for chunk in self._told(step):
+                    yield chunk
+            options = self.asked.stream_options
+            if options and options.include_usage:
+                yield {**self._chunk(0, {}), "choices": [], "usage": self.generation.usage()}
+        finally:
+            self.generation.close()
+
+    def _told(self, step: Step) -> list[dict[str, Any]]:
+        parser, i = self.parsers[step.index], step.index
+        deltas = parser.feed(step.text) if step.text else []
+        deltas += parser.finish() if step.reason else []
+        chunks = [self._chunk(i, reasoning.openai(delta)) for delta in deltas]
+        if self.asked.logprobs and step.tokens:
+            chunks = chunks or [self._chunk(i, {"content": ""})]
+            chunks[0]["choices"][0]["logprobs"] = self._logprobs(step.tokens)
+        if step.reason:
+            chunks.append(self._chunk(i, {}, _reason(step.reason, parser)))
+        return chunks
+
+    def _chunk(self, index: int, delta: dict[str, Any], reason: str | None = None):
+        choice = {"index": index, "delta": delta, "logprobs": None, "finish_reason": reason}
+        return {**self.head, "object": "chat.completion.chunk", "choices": [choice]}
+
+    def _logprobs(self, tokens: list[Any]) -> dict[str, Any] | None:
+        if not self.asked.logprobs:
+            return None
+        return chat_logprobs(self.host.tokenizer, tokens, self.asked.top_logprobs or 0)
+
+
+def _reason(reason: str | None, parser: tools.Parser) -> str | None:
+    return "tool_calls" if reason == "stop" and parser.calls else reason

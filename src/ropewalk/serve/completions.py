@@ -1,0 +1,174 @@
+"""`/v1/completions`: plain text after plain text."""
+
+import asyncio
+import json
+import secrets
+import time
+from collections.abc import AsyncIterator
+from typing import Any
+
+from fastapi import Request
+from fastapi.responses import JSONResponse, Response, StreamingResponse
+
+from ropewalk.serve.asked import BadRequest, Completion
+from ropewalk.serve.door import error
+from ropewalk.serve.generation import Answer, Failed, Generation, Host, attended
+from ropewalk.serve.text import Writer, completion_logprobs
+
+# OpenAI's, where nothing is said.
+_NEW = 16
+
+
+async def completions(host: Host, asked: Completion, request: Request) -> Response:
+    """The answers, whole or as a stream. Raises BadRequest."""
+    host.check_model(asked.model)
+    prompts = await _prompts(host, asked.prompt)
+    if len(prompts) * (asked.n or 1) > host.service.limits.queue:
+        raise BadRequest(
+            f"{len(prompts)} prompts with {asked.n or 1} answers each; the server queues "
+            f"{host.service.limits.queue} at most: send several requests",
+            "prompt",
+        )
+    wanted = _NEW if asked.max_tokens is None else max(asked.max_tokens, 1)
+    rooms = [host.room(prompt, wanted) for prompt in prompts]
+    ranked, scored = bool(asked.logprobs), asked.logprobs is not None and bool(asked.echo)
+    jobs = host.jobs(asked, prompts, [room for room, _ in rooms], None, ranked, scored)
+    ends = () if asked.ignore_eos else host.tokenizer.eos_ids
+    answers = [Answer(Writer(host.tokenizer, asked.stops(), ends)) for _ in jobs]
+    notes = [note for _, note in rooms if note]
+    headers = warned([*notes[:1], *unknown(asked.unknown)])
+    whole = _Whole(host, asked, Generation(host, jobs, answers))
+    if asked.stream:
+        return streaming(whole.stream(), headers)
+    return JSONResponse(await attended(request, whole.body()), headers=headers)
+
+
+class _Whole:
+    """The shapes of the answers."""
+
+    def __init__(self, host: Host, asked: Completion, generation: Generation):
+        self.host, self.asked, self.generation = host, asked, generation
+        self.head = {
+            "id": f"cmpl-{secrets.token_hex(12)}",
+            "object": "text_completion",
+            "created": int(time.time()),
+            "model": host.name,
+        }
+        # With max_tokens 0 nothing is told of the one token that is always written.
+        self.silent = asked.max_tokens == 0
+
+    async def body(self) -> dict[str, Any]:
+        """Of an answer that is told at once."""
+        try:
+            answers = await self.generation.all()
+        finally:
+            self.generation.close()
+        choices = [self._choice(i, answer) for i, answer in enumerate(answers)]
+        return {**self.head, "choices": choices, "usage": self._usage()}
+
+    async def stream(self) -> AsyncIterator[dict[str, Any]]:
+        """Chunks, as text comes."""
+        told: dict[int, int] = {}
+        try:
+            async for step in self.generation.steps():
+                answer, begun = self.generation.answers[step.index], step.index in told
+                text = "" if self.silent else step.text
+                before = told.get(step.index, 0)
+                echo = "" if begun else self._echo(step.index)
+                if not (text or echo or step.tokens or step.reason):
+                    continue
+                logprobs = None
+                if self.asked.logprobs is not None:
+                    tokens = [] if self.silent else step.tokens
+                    tokens = [*(() if begun else self._read(answer)), *tokens]
+                    unscored = int(not begun and bool(self._read(answer)))
+                    logprobs = completion_logprobs(
+                        self.host.tokenizer, tokens, self.asked.logprobs, before, unscored
+                    )
+                told[step.index] = before + len(echo + text)
+                yield self._chunk(step.index, echo + text, logprobs, step.reason)
+            if self.asked.stream_options and self.asked.stream_options.include_usage:
+                yield {**self.head, "choices": [], "usage": self._usage()}
+        finally:
+            self.generation.close()
+
+    def _choice(self, index: int, answer: Answer) -> dict[str, Any]:
+        text = self._echo(index) + ("" if self.silent else answer.text)
+        logprobs = None
+        if self.asked.logprobs is not None:
+            read = self._read(answer)
+            tokens = [*read, *(() if self.silent else answer.tokens)]
+            logprobs = completion_logprobs(
+                self.host.tokenizer, tokens, self.asked.logprobs, 0, int(bool(read))
+            )
+        return self._chunk(index, text, logprobs, answer.reason)["choices"][0]
+
+    def _chunk(self, index: int, text: str, logprobs: Any, reason: str | None) -> dict[str, Any]:
+        reason = "length" if self.silent and reason else reason
+        choice = {"index": index, "text": text, "logprobs": logprobs, "finish_reason": reason}
+        return {**self.head, "choices": [choice]}
+
+    def _read(self, answer: Answer) -> list[Any]:
+        """The prompt's tokens where they are told; of several answers the first has them."""
+        n = self.asked.n or 1
+        first = self.generation.answers.index(answer) // n * n
+        return self.generation.answers[first].prompt if self.asked.echo else []
+
+    def _echo(self, index: int) -> str:
+        if not self.asked.echo:
+            return ""
+        prompt = self.asked.prompt
+        if isinstance(prompt, str):
+            return prompt
+        one = prompt[index // (self.asked.n or 1)] if prompt else ""
+        if isinstance(one, str):
+            return one
+        return self.host.tokenizer.decode(self.generation.jobs[index].prompt)
+
+    def _usage(self) -> dict[str, Any]:
+        usage = self.generation.usage()
+        if self.silent:
+            usage |= {"completion_tokens": 0, "total_tokens": usage["prompt_tokens"]}
+        return usage
+
+
+async def _prompts(host: Host, prompt: Any) -> list[tuple[int, ...]]:
+    if not prompt and not isinstance(prompt, str):
+        raise BadRequest("prompt has no tokens; give at least one", "prompt")
+    many = [prompt] if isinstance(prompt, str) or isinstance(prompt[0], int) else prompt
+    encoded = await asyncio.gather(
+        *(host.encode(one, "prompt") if isinstance(one, str) else _itself(one) for one in many)
+    )
+    return [host.checked(ids, "prompt") for ids in encoded]
+
+
+async def _itself(ids: list[int]) -> list[int]:
+    return ids
+
+
+def streaming(chunks: AsyncIterator[dict[str, Any]], headers: dict[str, str]) -> Response:
+    """Server-sent events of some chunks, and the end that clients look for."""
+
+    async def lines() -> AsyncIterator[str]:
+        try:
+            async for chunk in chunks:
+                name = f"event: {chunk['type']}\n" if "sequence_number" in chunk else ""
+                yield f"{name}data: {json.dumps(chunk, ensure_ascii=False)}\n\n"
+        except Failed as failed:
+            yield f"data: {json.dumps(error(500, str(failed)))}\n\n"
+        yield "data: [DONE]\n\n"
+
+    more = {"cache-control": "no-cache", "x-accel-buffering": "no"}
+    return StreamingResponse(lines(), media_type="text/event-stream", headers={**headers, **more})
+
+
+def warned(notes: list[str]) -> dict[str, str]:
+    """Headers that tell what was not done as it was asked."""
+    clean = [note.encode("ascii", "replace").decode().replace('"', "'") for note in notes]
+    return {"warning": ", ".join(f'299 ropewalk "{note}"' for note in clean)} if notes else {}
+
+
+def unknown(names: list[str]) -> list[str]:
+    """A note where a request has fields that change nothing."""
+    shown = [name[:40] for name in names[:8] if name.isprintable()]
+    return [f"fields that change nothing: {' '.join(shown)}"] if names else []

@@ -1,0 +1,252 @@
+"""One request's answers on their way: jobs in, text and tokens out, and nothing left behind when
+the client goes."""
+
+import asyncio
+import dataclasses
+import secrets
+from collections.abc import AsyncIterator, Coroutine, Sequence
+from typing import Any
+
+from fastapi import Request
+from fastapi.concurrency import run_in_threadpool
+
+from ropewalk.core.errors import UserError
+from ropewalk.serve.asked import BadRequest, Sampled
+from ropewalk.serve.grammar import Grammars, Matcher
+from ropewalk.serve.metrics import Metrics
+from ropewalk.serve.service import Ended, Event, Job, Pooled, Read, Service, Token
+from ropewalk.serve.text import Writer
+from ropewalk.text.interface import Tokenizer
+
+
+class Failed(Exception):
+    """A request that the engine ended."""
+
+
+class Gone(Exception):
+    """Nobody waits for the answer any more."""
+
+
+@dataclasses.dataclass
+class Host:
+    """What all routes share."""
+
+    name: str
+    """of the model, as requests say it"""
+    tokenizer: Tokenizer
+    service: Service
+    grammars: Grammars
+    metrics: Metrics
+    created: int
+    """seconds since 1970"""
+
+    @property
+    def length(self) -> int:
+        """Most tokens of a prompt and its answer."""
+        return self.service.engine.sizes.length
+
+    @property
+    def vocab(self) -> int:
+        """How many token ids the model has."""
+        return self.service.engine.vocab
+
+    def check_model(self, name: str | None) -> None:
+        """Raises BadRequest for another model than the one that is served."""
+        if name not in (None, self.name):
+            raise BadRequest(
+                f"model {name!r} is not served here; this server has {self.name!r}: name it, or "
+                "start another server for the other one",
+                "model",
+                "model_not_found",
+            )
+
+    def checked(self, ids: Sequence[int], param: str) -> tuple[int, ...]:
+        """A prompt's ids. Raises BadRequest where there are none, too many, or unknown ones."""
+        if not ids:
+            raise BadRequest(f"{param} has no tokens; give at least one", param)
+        if len(ids) >= self.length:
+            raise BadRequest(
+                f"{param} has {len(ids)} tokens; the server takes {self.length} with the answer: "
+                f"shorten it to {self.length - 1} at most",
+                param,
+                "context_length_exceeded",
+            )
+        outside = [token for token in ids if token >= self.vocab]
+        if outside:
+            raise BadRequest(
+                f"{param} has token {outside[0]}; the model's vocabulary is 0 to {self.vocab - 1}",
+                param,
+            )
+        return tuple(ids)
+
+    async def encode(self, text: str, param: str) -> list[int]:
+        """A prompt's ids, with BOS where the tokenizer puts it. Raises BadRequest."""
+        try:
+            ids = await run_in_threadpool(self.tokenizer.encode_prompt, _utf8(text, param))
+        except UserError as error:
+            raise BadRequest(f"{param}: {error}", param) from None
+        bos = self.tokenizer.bos_id
+        return ids or ([] if bos is None else [bos])
+
+    async def matcher(self, spec: Any, param: str) -> Matcher:
+        """What constrains one answer. Raises BadRequest where it cannot be compiled."""
+        try:
+            return await run_in_threadpool(self.grammars.compile, spec)
+        except UserError as error:
+            raise BadRequest(f"{param}: {error}", param) from None
+
+    def room(self, prompt: Sequence[int], asked: int | None) -> tuple[int, str | None]:
+        """How many tokens an answer may have, and a note where that is less than was asked."""
+        room = self.length - len(prompt)
+        if asked is None or asked <= room:
+            return (room if asked is None else asked), None
+        return (
+            room,
+            f"max_tokens {asked} clamped to {room}, what the prompt leaves of {self.length}",
+        )
+
+    def jobs(
+        self,
+        asked: Sampled,
+        prompts: Sequence[tuple[int, ...]],
+        limits: Sequence[int],
+        matcher: Matcher | None = None,
+        ranked: bool = False,
+        scored: bool = False,
+    ) -> list[Job]:
+        """One job an answer, `n` for every prompt, that share a queue."""
+        events: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
+        ends, jobs = self.tokenizer.eos_ids, []
+        drawn = secrets.randbits(32)
+        for prompt, limit in zip(prompts, limits, strict=True):
+            for choice in range(asked.n or 1):
+                seed = (asked.seed if asked.seed is not None else drawn) + choice
+                jobs.append(
+                    Job(
+                        prompt,
+                        asked.settings(limit, self.vocab, ends, seed, ranked),
+                        len(jobs),
+                        events,
+                        asked.priority or 0,
+                        (asked.cache_salt or "").encode(),
+                        matcher.copy() if matcher else None,
+                        scored and choice == 0,
+                    )
+                )
+        return jobs
+
+
+@dataclasses.dataclass
+class Answer:
+    """What one job has given so far."""
+
+    writer: Writer
+    tokens: list[Token] = dataclasses.field(default_factory=list)
+    prompt: list[Token] = dataclasses.field(default_factory=list)
+    """the prompt's, where they were scored"""
+    text: str = ""
+    reason: str | None = None
+
+
+@dataclasses.dataclass
+class Step:
+    """What came of one answer: text that is certain now, its tokens, and the reason if it ended."""
+
+    index: int
+    text: str
+    tokens: list[Token]
+    reason: str | None
+
+
+class Generation:
+    """The answers of one request, while they are written."""
+
+    def __init__(self, host: Host, jobs: list[Job], answers: list[Answer]):
+        self.host, self.jobs, self.answers = host, jobs, answers
+        self._events = jobs[0].events
+        host.service.submit(jobs)
+
+    def close(self) -> None:
+        """Ends what is still being written."""
+        open_ = [j for j, a in zip(self.jobs, self.answers, strict=True) if a.reason is None]
+        self.host.service.cancel(open_)
+
+    async def steps(self) -> AsyncIterator[Step]:
+        """Everything, as it comes. Raises Failed."""
+        left = len(self.jobs)
+        while left:
+            index, event = await self._events.get()
+            answer = self.answers[index]
+            if answer.reason is not None:
+                continue
+            step = self._step(index, answer, event)
+            if step is not None:
+                left -= step.reason is not None
+                yield step
+
+    def _step(self, index: int, answer: Answer, event: Event) -> Step | None:
+        match event:
+            case Read(tokens):
+                answer.prompt = tokens
+                return None
+            case Ended("error" | "cancelled", message):
+                raise Failed(message or "the request was cancelled")
+            case Ended(reason):
+                text, tokens = answer.writer.finish(), []
+                answer.reason = "stop" if answer.writer.stopped else reason
+            case list(tokens):
+                text = "".join(answer.writer.feed(token.id) for token in tokens)
+                answer.tokens += tokens
+                if answer.writer.stopped:
+                    answer.reason = "stop"
+                    self.host.service.cancel([self.jobs[index]])
+            case Pooled():
+                return None
+        answer.text += text
+        return Step(index, text, tokens, answer.reason)
+
+    async def all(self) -> list[Answer]:
+        """The answers when they are whole. Raises Failed."""
+        async for _ in self.steps():
+            pass
+        return self.answers
+
+    def usage(self) -> dict[str, Any]:
+        """Tokens of prompts and answers; a prompt with several answers counts once."""
+        prompts = {id(job.prompt): job for job in reversed(self.jobs)}
+        read = sum(len(job.prompt) for job in prompts.values())
+        written = sum(len(answer.tokens) for answer in self.answers)
+        cached = sum(job.sequence.cached for job in prompts.values())
+        return {
+            "prompt_tokens": read,
+            "completion_tokens": written,
+            "total_tokens": read + written,
+            "prompt_tokens_details": {"cached_tokens": cached},
+        }
+
+
+async def attended[T](request: Request, work: Coroutine[Any, Any, T]) -> T:
+    """The result of some work, given up when the client leaves. Raises Gone."""
+
+    async def gone() -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+
+    working, leaving = asyncio.ensure_future(work), asyncio.ensure_future(gone())
+    try:
+        await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        if working.done():
+            return working.result()
+        raise Gone
+    finally:
+        for task in (working, leaving):
+            task.cancel()
+        await asyncio.gather(working, leaving, return_exceptions=True)
+
+
+def _utf8(text: str, param: str) -> str:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        raise BadRequest(f"{param} is no text: it has half a character", param) from None
+    return text

@@ -1,0 +1,146 @@
+"""From a model's name to a listening server, and its end."""
+
+import asyncio
+import dataclasses
+import os
+import signal
+import socket
+import sys
+import time
+from pathlib import Path
+
+import uvicorn
+
+from ropewalk.checkpoint.pretrained import Pretrained, load
+from ropewalk.core.compilation import keep_programs, release_compiler_memory
+from ropewalk.core.errors import ConfigError
+from ropewalk.core.log import log
+from ropewalk.layers.lm import with_parameters
+from ropewalk.serve.engine import Engine, Sizes
+from ropewalk.serve.generation import Host
+from ropewalk.serve.grammar import Grammars
+from ropewalk.serve.metrics import Metrics
+from ropewalk.serve.openai import Server
+from ropewalk.serve.service import Service
+
+# Most tokens of a sequence where nothing is said.
+_LENGTH = 4096
+_KEY = "ROPEWALK_API_KEY"
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """As `ropewalk serve` takes them."""
+
+    model: str
+    host: str = "127.0.0.1"
+    port: int = 8000
+    name: str = ""
+    slots: int = 8
+    max_length: int = 0
+    queue: int = 256
+    api_key_file: Path | None = None
+    drain: float = 30.0
+    dtype: str = ""
+    cache: str = ""
+    trace: Path | None = None
+
+
+def launch(options: Options) -> None:
+    """Serves until it is told to stop. Raises UserError for what cannot be served."""
+    keep_programs()
+    keys = _keys(options.api_key_file)
+    listening = _listen(options.host, options.port)
+    server = build(options, keys)
+    port = listening.getsockname()[1]
+    config = uvicorn.Config(
+        server.app, log_config=None, access_log=False, lifespan="on", timeout_keep_alive=75,
+        server_header=False, ws="none", backlog=2048,
+    )  # fmt: skip
+    web = uvicorn.Server(config)
+
+    async def run() -> None:
+        loop = asyncio.get_running_loop()
+        serving = asyncio.ensure_future(web.serve(sockets=[listening]))
+        while not web.started and not serving.done():
+            await asyncio.sleep(0.01)
+        for sign in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(sign, lambda: loop.create_task(stop()))
+        base = f"http://{options.host}:{port}"
+        log.info(
+            "%s is served at %s (Ctrl+C ends it); try\n  curl %s/v1/chat/completions -H "
+            '\'content-type: application/json\' -d \'{"model": "%s", "messages": [{"role": "user", '
+            '"content": "Hello"}]}\'',
+            server.host.name, base, base, server.host.name,
+        )  # fmt: skip
+        await serving
+
+    async def stop() -> None:
+        if server.draining:
+            web.force_exit = True
+        log.info("stopping: what is being answered has %g s to end", options.drain)
+        await server.drain()
+        web.should_exit = True
+
+    asyncio.run(run())
+
+
+def build(options: Options, keys: tuple[str, ...] = ()) -> Server:
+    """The server of a model, its programs compiled."""
+    lm = load(options.model, options.dtype or None)
+    tokenizer = lm.require_tokenizer()
+    name = options.name or Path(options.model.rstrip("/")).stem
+    engine = _engine(lm, options)
+    started = time.monotonic()
+    for done, total in engine.warm():
+        _progress(f"compiling programs: {done} of {total}, {time.monotonic() - started:.0f} s")
+    _progress("", end=True)
+    release_compiler_memory()
+    metrics = Metrics(name)
+    service = Service(engine, options.queue, metrics)
+    grammars = Grammars(tokenizer, engine.vocab)
+    host = Host(name, tokenizer, service, grammars, metrics, int(time.time()))
+    return Server(host, keys, options.drain)
+
+
+def _engine(lm: Pretrained, options: Options) -> Engine:
+    longest = lm.config.longest()
+    length = options.max_length or min(longest, _LENGTH)
+    sizes = Sizes(slots=options.slots, length=length, cache=options.cache or None)
+    params = lm.params
+    lm.params = {}  # the engine makes them ready for itself
+    return Engine(with_parameters(lm.structure, params), sizes)
+
+
+def _keys(path: Path | None) -> tuple[str, ...]:
+    """Raises ConfigError for a file without a key."""
+    if path is None:
+        key = os.environ.get(_KEY, "")
+        return (key,) if key else ()
+    lines = path.read_text("utf-8").splitlines()
+    keys = tuple(line.strip() for line in lines if line.strip())
+    if not keys:
+        raise ConfigError(f"{path}: holds no key; write one a line, or leave --api-key-file out")
+    return keys
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    """Raises ConfigError where the port is taken: before minutes of compiling."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listening = socket.socket(family, socket.SOCK_STREAM)
+    listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listening.bind((host, port))
+    except OSError as error:
+        raise ConfigError(
+            f"{host}:{port} cannot be listened on ({error.strerror}); choose another --port, or 0 "
+            "for a free one"
+        ) from None
+    return listening
+
+
+def _progress(line: str, end: bool = False) -> None:
+    if sys.stderr.isatty():
+        sys.stderr.write(f"\r{line:60}" + ("\n" if end else ""))
+    elif line:
+        log.info(line)

@@ -1,0 +1,243 @@
+"""The server: OpenAI's routes over one engine."""
+
+import asyncio
+import base64
+import contextlib
+import importlib.metadata
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from fastapi import FastAPI, Request
+from fastapi.concurrency import run_in_threadpool
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import HTMLResponse, JSONResponse, Response
+from starlette.exceptions import HTTPException
+
+from ropewalk.core.errors import UserError
+from ropewalk.serve.asked import (
+    BadRequest,
+    Chat,
+    Completion,
+    Detokenize,
+    Embeddings,
+    Tokenize,
+)
+from ropewalk.serve.chat import chat_completions, message
+from ropewalk.serve.completions import completions, unknown, warned
+from ropewalk.serve.door import Door, error
+from ropewalk.serve.generation import Failed, Gone, Host, attended
+from ropewalk.serve.scheduler import QueueFull
+from ropewalk.serve.service import Ended, Job, Pooled
+from ropewalk.serve.slots import Settings
+from ropewalk.text import chat as templates
+
+PAGE = Path(__file__).with_name("page.html")
+Handler = Callable[[Request, Any], Awaitable[Response]]
+
+
+class Server:
+    """The application, and what ends it."""
+
+    def __init__(self, host: Host, keys: Sequence[str] = (), drain_s: float = 30.0):
+        self.host, self.draining, self._drain_s = host, False, drain_s
+        app = FastAPI(
+            title="ropewalk",
+            version=version(),
+            lifespan=self._lifespan,
+            docs_url=None,
+            redoc_url=None,
+        )
+        _errors(app)
+        _routes(app, host, self)
+        self.app = Door(app, keys, self._allowed)
+
+    def _allowed(self, path: str) -> bool:
+        return not self.draining or path in ("/health", "/ready", "/metrics")
+
+    @contextlib.asynccontextmanager
+    async def _lifespan(self, app: FastAPI) -> AsyncIterator[None]:
+        self.host.service.start()
+        yield
+        await run_in_threadpool(self.host.service.stop)
+
+    async def drain(self) -> bool:
+        """Takes nothing more, and waits for what is being answered; whether all of it ended in
+        time."""
+        self.draining = True
+        return await self.host.service.drain(self._drain_s)
+
+
+def version() -> str:
+    """Of the installed package."""
+    return importlib.metadata.version("ropewalk")
+
+
+def _errors(app: FastAPI) -> None:
+    def told(status: int, message: str, param=None, code=None, **headers: str) -> Response:
+        return JSONResponse(error(status, message, param, code), status, headers)
+
+    @app.exception_handler(BadRequest)
+    async def bad(request: Request, wrong: BadRequest) -> Response:
+        return told(
+            404 if wrong.code == "model_not_found" else 400, str(wrong), wrong.param, wrong.code
+        )
+
+    @app.exception_handler(QueueFull)
+    async def full(request: Request, wrong: QueueFull) -> Response:
+        return told(429, str(wrong), **{"retry-after": "1"})
+
+    @app.exception_handler(Failed)
+    async def failed(request: Request, wrong: Failed) -> Response:
+        return told(500, str(wrong))
+
+    @app.exception_handler(Gone)
+    async def gone(request: Request, wrong: Gone) -> Response:
+        return Response(status_code=499)
+
+    @app.exception_handler(HTTPException)
+    async def http(request: Request, wrong: HTTPException) -> Response:
+        headers = {k: v for k, v in (wrong.headers or {}).items() if k.lower() == "allow"}
+        return told(wrong.status_code, str(wrong.detail), **headers)
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid(request: Request, wrong: RequestValidationError) -> Response:
+        first = wrong.errors()[0]
+        place = [str(part)[:64] for part in first["loc"] if part != "body"]
+        param = ".".join(place) or None
+        about = first["msg"].removeprefix("Value error, ")
+        message = f"{param}: {about}" if param else about
+        return told(400, message.encode("utf-8", "replace").decode(), param)
+
+
+def _routes(app: FastAPI, host: Host, server: Server) -> None:
+    @app.get("/", include_in_schema=False)
+    async def page() -> Response:
+        return HTMLResponse(await run_in_threadpool(PAGE.read_text, "utf-8"))
+
+    @app.get("/health")
+    async def health() -> dict[str, str]:
+        """Whether the process is alive."""
+        return {"status": "ok"}
+
+    @app.get("/ready")
+    async def ready() -> Response:
+        """Whether requests are taken."""
+        if server.draining:
+            return JSONResponse(error(503, "the server is shutting down"), 503)
+        return JSONResponse({"status": "ready"})
+
+    @app.get("/version")
+    async def version_() -> dict[str, str]:
+        return {"version": version()}
+
+    @app.get("/metrics")
+    async def metrics() -> Response:
+        """In Prometheus' format."""
+        return Response(host.metrics.text(), media_type="text/plain; version=0.0.4")
+
+    @app.get("/v1/models")
+    async def models() -> dict[str, Any]:
+        return {"object": "list", "data": [_model(host)]}
+
+    @app.get("/v1/models/{name:path}")
+    async def model(name: str) -> dict[str, Any]:
+        host.check_model(name)
+        return _model(host)
+
+    @app.post("/v1/completions")
+    async def complete(asked: Completion, request: Request) -> Response:
+        return await completions(host, asked, request)
+
+    @app.post("/v1/chat/completions")
+    async def chat(asked: Chat, request: Request) -> Response:
+        return await chat_completions(host, asked, request)
+
+    @app.post("/v1/embeddings")
+    async def embed(asked: Embeddings, request: Request) -> Response:
+        return await _embeddings(host, asked, request)
+
+    @app.post("/tokenize")
+    async def tokenize(asked: Tokenize) -> dict[str, Any]:
+        host.check_model(asked.model)
+        if asked.prompt is not None:
+            ids = await host.encode(asked.prompt, "prompt")
+        else:
+            messages = [message(one) for one in asked.messages or ()]
+            more = host.tokenizer, messages, asked.add_generation_prompt
+            try:
+                ids = await run_in_threadpool(templates.encode, *more)
+            except UserError as wrong:
+                raise BadRequest(f"messages: {wrong}", "messages") from None
+        return {"count": len(ids), "max_model_len": host.length, "tokens": ids}
+
+    @app.post("/detokenize")
+    async def detokenize(asked: Detokenize) -> dict[str, Any]:
+        host.check_model(asked.model)
+        return {"prompt": await run_in_threadpool(host.tokenizer.decode, asked.tokens)}
+
+
+def _model(host: Host) -> dict[str, Any]:
+    return {
+        "id": host.name,
+        "object": "model",
+        "created": host.created,
+        "owned_by": "ropewalk",
+        "max_model_len": host.length,
+    }
+
+
+async def _embeddings(host: Host, asked: Embeddings, request: Request) -> Response:
+    """A vector for every input: the mean of the final hidden states, or the last of them, made of
+    unit length."""
+    host.check_model(asked.model)
+    given = asked.input
+    if not given and not isinstance(given, str):
+        raise BadRequest("input has no tokens; give at least one", "input")
+    many: list[Any] = [given] if isinstance(given, str) or isinstance(given[0], int) else [*given]
+    ids = [await host.encode(one, "input") if isinstance(one, str) else one for one in many]
+    prompts = [host.checked(one, "input") for one in ids]
+    events: asyncio.Queue[Any] = asyncio.Queue()
+    pooling = asked.pooling or "mean"
+    jobs = [
+        Job(prompt, Settings(1), i, events, asked.priority or 0, pooled=pooling)
+        for i, prompt in enumerate(prompts)
+    ]
+    host.service.submit(jobs)
+
+    async def gathered() -> list[np.ndarray]:
+        found: dict[int, np.ndarray] = {}
+        try:
+            while len(found) < len(jobs):
+                i, event = await events.get()
+                if isinstance(event, Pooled):
+                    found[i] = event.hidden
+                elif isinstance(event, Ended) and i not in found:
+                    raise Failed(event.error or "the request was cancelled")
+        finally:
+            host.service.cancel(jobs)
+        return [found[i] for i in range(len(jobs))]
+
+    rows = np.stack(await attended(request, gathered())).astype(np.float32)
+    if asked.dimensions is not None:
+        if asked.dimensions > rows.shape[1]:
+            raise BadRequest(
+                f"dimensions {asked.dimensions} are asked for; the model has {rows.shape[1]}",
+                "dimensions",
+            )
+        rows = rows[:, : asked.dimensions]
+    rows /= np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
+    as_text = asked.encoding_format == "base64"
+    data = [
+        {
+            "object": "embedding",
+            "index": i,
+            "embedding": base64.b64encode(row.tobytes()).decode() if as_text else row.tolist(),
+        }
+        for i, row in enumerate(rows)
+    ]
+    read = sum(map(len, prompts))
+    usage = {"prompt_tokens": read, "total_tokens": read}
+    body = {"object": "list", "model": host.name, "data": data, "usage": usage}
+    return JSONResponse(body, headers=warned(unknown(asked.unknown)))
