@@ -19,7 +19,7 @@ Near = tuple[int | None, int | None]
 
 # Keys that attention over pages looks at together: enough to fill a product, few enough for a
 # core's cache.
-_TOGETHER = 256
+_TOGETHER = 128
 
 
 def _as_stored(*buffers: jax.Array) -> Buffers:

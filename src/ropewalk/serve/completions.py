@@ -150,13 +150,15 @@ def streaming(chunks: AsyncIterator[dict[str, Any]], headers: dict[str, str]) ->
     """Server-sent events of some chunks, and the end that clients look for."""
 
     async def lines() -> AsyncIterator[str]:
+        name = ""
         try:
             async for chunk in chunks:
                 name = f"event: {chunk['type']}\n" if "sequence_number" in chunk else ""
                 yield f"{name}data: {json.dumps(chunk, ensure_ascii=False)}\n\n"
         except Failed as failed:
             yield f"data: {json.dumps(error(500, str(failed)))}\n\n"
-        yield "data: [DONE]\n\n"
+        if not name:  # events with names say themselves which is the last
+            yield "data: [DONE]\n\n"
 
     more = {"cache-control": "no-cache", "x-accel-buffering": "no"}
     return StreamingResponse(lines(), media_type="text/event-stream", headers={**headers, **more})

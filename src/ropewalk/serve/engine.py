@@ -107,7 +107,7 @@ class Engine:
         spans = [None if span is not None and span >= sizes.length else span for span in spans]
         self.spans = tuple(sorted({s for s in spans if s != 0}, key=lambda s: (s is not None, s)))
         self.recurrent = 0 in spans
-        self._group = [None if span == 0 else self.spans.index(span) for span in spans]
+        self.groups = [None if span == 0 else self.spans.index(span) for span in spans]
         self.sizes = self._checked(sizes)
         self.blocks = math.ceil(self.sizes.length / self.sizes.page)
         self._zero = self._carry()
@@ -215,28 +215,6 @@ class Engine:
         """Copies a page, for a sequence that goes on from where another one shares it."""
         return self._copy[group](state, source, target)
 
-    def take(self, state: State, tables: Sequence[Sequence[int]], carry: Any = None) -> list[Any]:
-        """What every layer keeps of one sequence, as arrays of its own: buffers [blocks, k, size,
-        h] of those with pages, states of those that are recurrent; the State stays valid."""
-        return [
-            carry[self._carried(layer)]
-            if group is None
-            else jax.tree.map(lambda pool, g=group: pool[np.asarray(tables[g])], cache)
-            for layer, (group, cache) in enumerate(zip(self._group, state.caches, strict=True))
-        ]
-
-    def put(self, state: State, kept: Sequence[Any], tables: Sequence[Sequence[int]]) -> State:
-        """Lays what `take` took, here or in another engine of the same sizes, on other pages."""
-        caches = [
-            cache
-            if group is None
-            else jax.tree.map(
-                lambda pool, x, g=group: pool.at[np.asarray(tables[g])].set(x), cache, one
-            )
-            for group, cache, one in zip(self._group, state.caches, kept, strict=True)
-        ]
-        return dataclasses.replace(state, caches=caches)
-
     def warm(self) -> Iterator[tuple[int, int]]:
         """Compiles every program that serving runs, and tells after each how many of how many."""
         state, tables = self.init_decode_state(), [[0] * self.blocks for _ in self.spans]
@@ -287,7 +265,7 @@ class Engine:
 
     def _make(self) -> State:
         caches = []
-        for group, block in zip(self._group, self._structure.layers.blocks(), strict=True):
+        for group, block in zip(self.groups, self._structure.layers.blocks(), strict=True):
             if group is None:
                 caches.append(block.attention.init_cache(self.sizes.slots, 1, self._dtype))
             else:
@@ -346,7 +324,7 @@ class Engine:
             jax.tree.map(lambda pool: pool.at[target].set(pool[source]), cache)
             if own == group
             else cache
-            for cache, own in zip(state.caches, self._group, strict=True)
+            for cache, own in zip(state.caches, self.groups, strict=True)
         ]
         return dataclasses.replace(state, caches=caches)
 
@@ -393,7 +371,7 @@ class Engine:
         given = iter(given)
         return [
             next(given) if group is None else dataclasses.replace(cache, view=views[group])
-            for cache, group in zip(caches, self._group, strict=True)
+            for cache, group in zip(caches, self.groups, strict=True)
         ]
 
     def _closed(self, caches, before, slot=None) -> list[Any]:
@@ -407,7 +385,7 @@ class Engine:
                 return old
             return jax.tree.map(lambda all_, x: all_.at[slot].set(x, mode="drop"), old, cache)
 
-        return [one(*each) for each in zip(caches, before, self._group, strict=True)]
+        return [one(*each) for each in zip(caches, before, self.groups, strict=True)]
 
     # Small things.
 
@@ -419,10 +397,7 @@ class Engine:
         return range(len(self.spans))
 
     def _recurrents(self) -> list[int]:
-        return [layer for layer, group in enumerate(self._group) if group is None]
-
-    def _carried(self, layer: int) -> int:
-        return self._recurrents().index(layer)
+        return [layer for layer, group in enumerate(self.groups) if group is None]
 
     def columns(self, blocks: int) -> int:
         """Columns of a view for so many pages: a multiple of what is looked at together."""
@@ -459,7 +434,7 @@ class Engine:
                 lambda pool, own=group: whole if own is None or pool.shape[1] % ways else split,
                 cache,
             )
-            for cache, group in zip(state.caches, self._group, strict=True)
+            for cache, group in zip(state.caches, self.groups, strict=True)
         ]
         rest = jax.tree.map(lambda _: whole, state)
         return dataclasses.replace(rest, caches=caches)

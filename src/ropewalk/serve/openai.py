@@ -28,6 +28,7 @@ from ropewalk.serve.chat import chat_completions, message
 from ropewalk.serve.completions import completions, unknown, warned
 from ropewalk.serve.door import Door, error
 from ropewalk.serve.generation import Failed, Gone, Host, attended
+from ropewalk.serve.responses import Responses, responses
 from ropewalk.serve.scheduler import QueueFull
 from ropewalk.serve.service import Ended, Job, Pooled
 from ropewalk.serve.slots import Settings
@@ -153,6 +154,10 @@ def _routes(app: FastAPI, host: Host, server: Server) -> None:
     @app.post("/v1/chat/completions")
     async def chat(asked: Chat, request: Request) -> Response:
         return await chat_completions(host, asked, request)
+
+    @app.post("/v1/responses")
+    async def respond(asked: Responses, request: Request) -> Response:
+        return await responses(host, asked, request)
 
     @app.post("/v1/embeddings")
     async def embed(asked: Embeddings, request: Request) -> Response:

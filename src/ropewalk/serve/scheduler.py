@@ -226,16 +226,6 @@ class Scheduler:
         self.pools = tuple(Pool(count) for count in self.limits.pages)
         self._states.clear()
 
-    def restart(self) -> None:
-        """Begins anew after the device lost everything: what ran waits again, and nothing is
-        cached."""
-        for sequence in list(self._active):
-            self._set_back(sequence)
-        for sequence in self._waiting:
-            sequence.flights.clear()
-        self.pools = tuple(Pool(count) for count in self.limits.pages)
-        self._states.clear()
-
     def _check(self, sequence: Sequence) -> None:
         limits, prompt = self.limits, len(sequence.prompt)
         if not prompt or sequence.max_tokens < 1:

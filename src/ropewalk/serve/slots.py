@@ -79,6 +79,12 @@ class Slots:
     biases: jax.Array
     """float32 [s, MOST_BIASES]"""
 
+    @property
+    def changes(self) -> jax.Array:
+        """bool [s], whether logits are changed before a token is chosen."""
+        penalized = (self.presence != 0) | (self.frequency != 0) | (self.repetition != 1)
+        return penalized | jnp.any(self.biases != 0, axis=1)
+
     def take(self, rows: jax.Array) -> "Slots":
         """The given rows."""
         return jax.tree.map(lambda x: x[rows], self)
@@ -155,10 +161,16 @@ def choose(
     of row `at` [b]; bits uint32 [b, ceil(v / 32)] of the tokens that a grammar allows, where
     `constrained`.
     """
-    changed = _changed(logits, slots, counts, at)
-    changed = jax.lax.cond(constrained, sample.allowed, lambda logits, _: logits, changed, bits)
-    knobs = slots.temperature, slots.top_k, slots.top_p, slots.min_p
-    token = sample.sample(changed, _chance(slots), *knobs)
+
+    def chosen() -> jax.Array:
+        changed = _changed(logits, slots, counts, at)
+        changed = jax.lax.cond(constrained, sample.allowed, lambda x, _: x, changed, bits)
+        knobs = slots.temperature, slots.top_k, slots.top_p, slots.min_p
+        return sample.sample(changed, _chance(slots), *knobs)
+
+    # Each condition costs a copy of the logits: where nobody wants anything, there is one.
+    wanted = constrained | jnp.any(slots.temperature > 0) | jnp.any(slots.changes)
+    token = jax.lax.cond(wanted, chosen, lambda: sample.greedy(logits))
     total = jax.nn.logsumexp(logits, axis=-1)
     score = jnp.take_along_axis(logits, token[:, None], axis=-1)[:, 0] - total
     most = min(MOST_RANKED, logits.shape[-1])

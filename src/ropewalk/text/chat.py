@@ -1,12 +1,11 @@
 """Chat templates: messages to the text, and the ids, that a model was tuned on.
 
-Templates come with models, that is from strangers: they run in Jinja's immutable sandbox, with the
-functions that Hugging Face templates expect and nothing else.
+Templates come with models, that is from strangers, and messages from the network: `sandbox` limits
+what they can do. They have the functions that Hugging Face templates expect and nothing else.
 """
 
 import datetime
 import functools
-import json
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -14,12 +13,14 @@ import jinja2
 import jinja2.ext
 import jinja2.nodes
 import jinja2.parser
-import jinja2.sandbox
 
 from ropewalk.core.errors import DataError
+from ropewalk.text import sandbox
 from ropewalk.text.interface import Tokenizer, checked
 
 Message = dict[str, Any]
+
+TEMPLATE_CHARS = 256 * 1024
 
 
 class _Generation(jinja2.ext.Extension):
@@ -42,8 +43,8 @@ def render(
     """The conversation as text, by the tokenizer's chat template.
 
     A message is `{"role": ..., "content": ...}`. `extra` (for example `tools`) is handed to the
-    template. Raises DataError when there is no template, when it is broken, or when it refuses the
-    messages.
+    template, which changes none of them. Raises DataError when there is no template, when it is
+    broken, when it refuses the messages, or when it goes beyond the limits of `sandbox`.
     """
     if tokenizer.chat_template is None:
         raise DataError(
@@ -60,22 +61,24 @@ def render(
         **extra,
     }
     try:
-        return compiled.render(variables)
+        return sandbox.render(compiled, variables)
     except DataError as error:
         raise DataError(
-            f"the chat template of {tokenizer.name} refuses these messages: {error}"
+            f"the chat template of {tokenizer.name} refuses these messages: {error!s:.1000}"
         ) from None
     except (
         jinja2.TemplateError,
         ArithmeticError,
+        AssertionError,
         AttributeError,
         LookupError,
-        RecursionError,
+        MemoryError,
+        RuntimeError,
         TypeError,
         ValueError,
     ) as error:
         raise DataError(
-            f"the chat template of {tokenizer.name} fails: {type(error).__name__}: {error}"
+            f"the chat template of {tokenizer.name} fails: {type(error).__name__}: {error!s:.1000}"
         ) from None
 
 
@@ -93,10 +96,13 @@ def encode(
 
 @functools.lru_cache(maxsize=16)
 def _compile(template: str, name: str) -> jinja2.Template:
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+    if len(template) > TEMPLATE_CHARS:
+        raise DataError(
+            f"the chat template of {name} has {len(template)} characters, limit {TEMPLATE_CHARS}"
+        )
+    environment = sandbox.Environment(
         trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
     )
-    environment.filters["tojson"] = _tojson
     functions: dict[str, Callable[..., Any]] = {
         "raise_exception": _refuse,
         "strftime_now": _strftime_now,
@@ -104,21 +110,11 @@ def _compile(template: str, name: str) -> jinja2.Template:
     environment.globals.update(functions)
     try:
         return environment.from_string(template)
-    except jinja2.TemplateError as error:
+    except Exception as error:  # what Python says of the program that Jinja writes is among them
         line = getattr(error, "lineno", None)
         raise DataError(
             f"the chat template of {name}, line {line}, is not valid Jinja: {error}"
         ) from None
-
-
-def _tojson(
-    value: Any, ensure_ascii: bool = False, indent: int | None = None,
-    separators: tuple[str, str] | None = None, sort_keys: bool = False,
-) -> str:  # fmt: skip
-    """As Hugging Face's: plain JSON, without Jinja's escapes for HTML."""
-    return json.dumps(
-        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
-    )
 
 
 def _refuse(message: str) -> None:
@@ -126,4 +122,6 @@ def _refuse(message: str) -> None:
 
 
 def _strftime_now(form: str) -> str:
+    if len(form) > 200:
+        raise DataError(f"strftime_now of {len(form)} characters, limit 200")
     return datetime.datetime.now().astimezone().strftime(form)

@@ -1,0 +1,441 @@
+"""`/v1/responses`: what chat completions answer, as typed items and events. Nothing is stored, so
+a conversation comes whole with each request."""
+
+import json
+import secrets
+import time
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+from typing import Annotated, Any, Literal
+
+import pydantic
+from fastapi import Request
+from fastapi.responses import JSONResponse, Response
+from pydantic import BeforeValidator, Field
+
+from ropewalk.serve import reasoning
+from ropewalk.serve.asked import (
+    MOST_MESSAGES,
+    MOST_TOOLS,
+    Asked,
+    BadRequest,
+    Chat,
+    Function,
+    Sampled,
+    Word,
+)
+from ropewalk.serve.chat import Conversation, begin, prepared
+from ropewalk.serve.completions import streaming, unknown, warned
+from ropewalk.serve.generation import Failed, Generation, Host, Step, attended
+from ropewalk.serve.reasoning import Arguments, Call, Content, Delta, Reasoning
+from ropewalk.serve.service import Token
+from ropewalk.serve.slots import MOST_RANKED
+from ropewalk.serve.text import Writer, chat_logprobs, spelled
+
+type Event = dict[str, Any]
+
+_LOGPROBS = "message.output_text.logprobs"
+_STORED = "nothing is stored here: send the whole conversation as input"
+_REFUSED = {
+    "previous_response_id": _STORED,
+    "conversation": _STORED,
+    "prompt": "no templates are kept here: send their text as input and instructions",
+    "background": "a response is told while it is awaited: leave it out, or stream",
+}
+# Fields of a chat completion, by which its refusals speak, as they are called here.
+_NAMES = {"messages": "input", "response_format": "text.format"}
+_NEEDED = {
+    "message": ("role", "content"), "reasoning": (),
+    "function_call": ("call_id", "name", "arguments"), "function_call_output": ("output",),
+}  # fmt: skip
+_KINDS = {
+    Content: ("message", "output_text"), Reasoning: ("reasoning", "reasoning_text"),
+    Arguments: ("function_call", "function_call_arguments"),
+}  # fmt: skip
+_PREFIXES = {"message": "msg", "reasoning": "rs", "function_call": "fc"}
+
+
+class Piece(Asked):
+    """A piece of a text; nothing but text can be read."""
+
+    type: Literal["input_text", "output_text", "reasoning_text"]
+    text: str
+
+
+def _short(long: Callable[[str], Any], kind: Any) -> BeforeValidator:
+    """A string becomes the long form it stands for before anything is checked, so that errors
+    name the place and no type of a union."""
+    return BeforeValidator(
+        lambda value: long(value) if isinstance(value, str) else value,
+        json_schema_input_type=str | kind,
+    )
+
+
+_TEXT = _short(lambda text: [{"type": "input_text", "text": text}], list[Piece])
+Text = Annotated[list[Piece], _TEXT, Field(max_length=256)]
+Name = Annotated[str, Field(max_length=64)]
+
+
+class Item(Asked):
+    """A message, a call, what came of a call, or what was thought."""
+
+    type: Literal["message", "function_call", "function_call_output", "reasoning"] = "message"
+    role: Literal["user", "assistant", "system", "developer"] | None = None
+    content: Text | None = None
+    call_id: Word | None = None
+    name: Name | None = None
+    arguments: str | None = None
+    output: Text | None = None
+
+    @pydantic.model_validator(mode="after")
+    def _whole(self) -> "Item":
+        for name in _NEEDED[self.type]:
+            if getattr(self, name) is None:
+                raise ValueError(f"{name}: is missing")
+        return self
+
+
+class FunctionTool(Function):
+    """A function that may be called; a tool that a server would run itself is refused."""
+
+    type: Literal["function"]
+
+
+class ToolChoice(Asked):
+    """Whether tools are called, or which."""
+
+    type: Literal["none", "auto", "required", "function"]
+    name: Name | None = None
+
+
+class Format(Asked):
+    """What the text looks like."""
+
+    type: Literal["text", "json_object", "json_schema"] = "text"
+    name: Word | None = None
+    description: str | None = None
+    schema_: dict[str, Any] | None = Field(None, alias="schema")
+    strict: bool | None = None
+
+    @pydantic.model_validator(mode="after")
+    def _whole(self) -> "Format":
+        if self.type == "json_schema" and (self.name is None or self.schema_ is None):
+            raise ValueError("json_schema: needs a name and a schema")
+        return self
+
+
+class TextConfig(Asked):
+    """How text is written."""
+
+    format: Format | None = None
+
+
+_INPUT = _short(lambda text: [{"role": "user", "content": text}], list[Item])
+_CHOICE = _short(lambda kind: {"type": kind}, ToolChoice)
+
+
+class Responses(Sampled):
+    """Body of `/v1/responses`."""
+
+    input: Annotated[list[Item], _INPUT, Field(min_length=1, max_length=MOST_MESSAGES)]
+    instructions: str | None = None
+    max_output_tokens: int | None = Field(None, ge=1)
+    tools: Annotated[list[FunctionTool], Field(max_length=MOST_TOOLS)] | None = None
+    tool_choice: Annotated[ToolChoice, _CHOICE] | None = None
+    parallel_tool_calls: bool | None = None
+    text: TextConfig | None = None
+    include: Annotated[list[Word], Field(max_length=16)] | None = None
+    top_logprobs: int | None = Field(None, ge=0, le=MOST_RANKED)
+    metadata: (
+        Annotated[dict[Name, Annotated[str, Field(max_length=512)]], Field(max_length=16)] | None
+    ) = None
+    truncation: Literal["disabled"] | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+
+    @pydantic.field_validator("tools", "text", mode="before")
+    @classmethod
+    def _tellable(cls, value: Any) -> Any:
+        try:
+            json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"cannot be told again: {error}") from None
+        return value
+
+    @property
+    def format(self) -> Format:
+        """What the text looks like."""
+        return (self.text and self.text.format) or Format()
+
+    @property
+    def logprobs(self) -> bool:
+        """Whether log-probabilities are told."""
+        return _LOGPROBS in (self.include or ())
+
+
+async def responses(host: Host, asked: Responses, request: Request) -> Response:
+    """The response, whole or as events. Raises BadRequest."""
+    host.check_model(asked.model)
+    for name, why in _REFUSED.items():
+        if (asked.model_extra or {}).get(name):
+            raise BadRequest(f"{name}: {why}", name)
+    if (asked.n or 1) > 1:
+        raise BadRequest("n: a response is one answer; send the request again for more", "n")
+    try:
+        chat = _chat(asked)
+        conversation = await prepared(host, chat)
+    except BadRequest as wrong:
+        old = wrong.param or ""
+        new = _NAMES.get(old, old)
+        raise BadRequest(str(wrong).replace(old, new, 1), new, wrong.code) from None
+    room, note = host.room(conversation.prompt, asked.max_output_tokens)
+    headers = warned([*([note] if note else []), *unknown(asked.unknown)])
+    whole = _Whole(host, asked, conversation, begin(host, chat, conversation, room))
+    if asked.stream:
+        return streaming(whole.stream(), headers)
+    return JSONResponse(await attended(request, whole.body()), headers=headers)
+
+
+def _chat(asked: Responses) -> Chat:
+    """The chat completion that answers this. Raises BadRequest, by the names of its fields."""
+    choice, form = asked.tool_choice, asked.format
+    how: Any = choice and choice.type
+    if choice and choice.type == "function":
+        how = {"type": "function", "function": {"name": choice.name or ""}}
+    asks = {
+        **asked.model_dump(include=set(Sampled.model_fields)),
+        "messages": _messages(asked),
+        "logprobs": asked.logprobs,
+        "top_logprobs": asked.top_logprobs if asked.logprobs else None,
+        "tools": [{"type": "function", "function": _function(one)} for one in asked.tools or ()],
+        "tool_choice": how,
+        "parallel_tool_calls": asked.parallel_tool_calls,
+        "response_format": {"type": form.type, "json_schema": {"schema": form.schema_ or {}}},
+        "chat_template_kwargs": asked.chat_template_kwargs,
+    }
+    try:
+        return Chat.model_validate(asks)
+    except pydantic.ValidationError as wrong:
+        first = wrong.errors()[0]
+        about = first["msg"].removeprefix("Value error, ")
+        about = ": ".join([*map(str, first["loc"][:1]), about])
+        raise BadRequest(about, about.partition(":")[0]) from None
+
+
+def _function(tool: FunctionTool) -> dict[str, Any]:
+    return tool.model_dump(include=set(Function.model_fields))
+
+
+def _messages(asked: Responses) -> list[dict[str, Any]]:
+    """The input as messages: calls stand in the message of their turn, and so does thinking."""
+    told: list[dict[str, Any]] = []
+    if asked.instructions:
+        told.append({"role": "system", "content": asked.instructions})
+    thought = ""
+    for item in asked.input:
+        text = "".join(piece.text for piece in item.content or item.output or ())
+        if item.type == "reasoning":
+            thought = text
+            continue
+        if item.type == "message":
+            told.append({"role": item.role, "content": text})
+        elif item.type == "function_call_output":
+            told.append({"role": "tool", "tool_call_id": item.call_id, "content": text})
+        else:
+            if not told or told[-1]["role"] != "assistant" or thought:
+                told.append({"role": "assistant"})
+            called = {"name": item.name, "arguments": item.arguments}
+            told[-1].setdefault("tool_calls", []).append({"id": item.call_id, "function": called})
+        if thought and told[-1]["role"] == "assistant":
+            told[-1]["reasoning_content"] = thought
+        thought = ""
+    return told
+
+
+class _Items:
+    """Output items as pieces of an answer make them, and the events that tell so."""
+
+    def __init__(self) -> None:
+        self.done: list[dict[str, Any]] = []
+        self._open: dict[str, Any] = {}
+        self._texts: list[str] = []
+        self._logprobs: list[Any] = []
+
+    def add(self, delta: Delta, logprobs: list[Any]) -> Iterator[Event]:
+        """One more piece, with the log-probabilities of its tokens."""
+        if isinstance(delta, Call):
+            yield from self._begin("function_call", call_id=delta.id, name=delta.name)
+            return
+        kind, name = _KINDS[type(delta)]
+        if self._open.get("type") != kind:
+            yield from self._begin(kind)
+        self._texts.append(delta.text)
+        self._logprobs += logprobs
+        yield self._event(f"{name}.delta", logprobs, delta=delta.text)
+
+    def close(self, status: str = "completed") -> Iterator[Event]:
+        """Ends the last item, if it has not ended."""
+        if not self._open:
+            return
+        item = self._item(status)
+        if item["type"] == "function_call":
+            told = {"name": item["name"], "arguments": item["arguments"]}
+            yield self._event("function_call_arguments.done", **told)
+        else:
+            (part,) = item["content"]
+            yield self._event(f"{part['type']}.done", self._logprobs, text=part["text"])
+            yield self._event("content_part.done", part=part)
+        index = len(self.done)
+        yield {"type": "response.output_item.done", "output_index": index, "item": item}
+        self.done.append(item)
+        self._open = {}
+
+    def _begin(self, kind: str, **more: str) -> Iterator[Event]:
+        yield from self.close()
+        self._open = {"id": f"{_PREFIXES[kind]}_{secrets.token_hex(12)}", "type": kind, **more}
+        self._texts, self._logprobs = [], []
+        item, index = self._item("in_progress"), len(self.done)
+        parts, item["content"] = item.pop("content", []), []
+        yield {"type": "response.output_item.added", "output_index": index, "item": item}
+        for part in parts:
+            yield self._event("content_part.added", part=part)
+
+    def _item(self, status: str) -> dict[str, Any]:
+        item, text = {**self._open, "status": status}, "".join(self._texts)
+        if item["type"] == "function_call":
+            return {**item, "arguments": text}
+        if item["type"] == "reasoning":
+            part: dict[str, Any] = {"type": "reasoning_text", "text": text}
+            return {**item, "summary": [], "content": [part]}
+        part = {"type": "output_text", "text": text, "annotations": []}
+        return {**item, "role": "assistant", "content": [{**part, "logprobs": self._logprobs}]}
+
+    def _event(self, kind: str, logprobs: list[Any] | None = None, **more: Any) -> Event:
+        at = {"item_id": self._open["id"], "output_index": len(self.done)}
+        if self._open["type"] != "function_call":
+            at["content_index"] = 0
+        if kind.startswith("output_text"):
+            at["logprobs"] = logprobs
+        return {"type": f"response.{kind}", **at, **more}
+
+
+class _Whole:
+    """The response, and the events that tell of it."""
+
+    def __init__(
+        self, host: Host, asked: Responses, conversation: Conversation, generation: Generation
+    ):
+        self.host, self.asked, self.generation = host, asked, generation
+        self.id, self.created = f"resp_{secrets.token_hex(24)}", int(time.time())
+        self.items, self.parser = _Items(), conversation.parser()
+        # Text is taken token by token, so that each is known as thought, answer or call.
+        self.ends = () if asked.ignore_eos else host.tokenizer.eos_ids
+        markers = conversation.form.markers if conversation.form else ()
+        written = spelled(host.tokenizer, (*markers, *reasoning.MARKERS))
+        self.writer = Writer(host.tokenizer, asked.stops(), self.ends, written)
+        self.splitter = reasoning.Splitter(conversation.inside)
+        self.thought, self.answered = 0, False
+        self.held: list[tuple[Token, str]] = []
+
+    async def body(self) -> dict[str, Any]:
+        """The response when it is whole. Raises Failed."""
+        last: Event = {}
+        async for event in self.stream():
+            last = event.get("response", last)
+        if last["error"]:
+            raise Failed(last["error"]["message"])
+        return last
+
+    async def stream(self) -> AsyncIterator[Event]:
+        """The events, numbered."""
+        number = 0
+        try:
+            async for event in self._events():
+                yield {**event, "sequence_number": number}
+                number += 1
+        finally:
+            self.generation.close()
+
+    async def _events(self) -> AsyncIterator[Event]:
+        for kind in ("created", "in_progress"):
+            yield {"type": f"response.{kind}", "response": self._response("in_progress")}
+        status, more = "completed", {}
+        try:
+            async for step in self.generation.steps():
+                for event in self._told(step):
+                    yield event
+                if step.reason == "length":
+                    details = {"reason": "max_output_tokens"}
+                    status, more = "incomplete", {"incomplete_details": details}
+        except Failed as failed:
+            error = {"code": "server_error", "message": str(failed)}
+            status, more = "failed", {"error": error}
+        if status == "completed" and not self.answered:
+            for event in self.items.add(Content(""), []):
+                yield event
+        for event in self.items.close("completed" if status == "completed" else "incomplete"):
+            yield event
+        response = self._response(status, usage=self._usage(), **more)
+        yield {"type": f"response.{status}", "response": response}
+
+    def _told(self, step: Step) -> Iterator[Event]:
+        for token in step.tokens:
+            text = self.writer.feed(token.id)
+            self.answered |= any(isinstance(one, Content) for one in self.splitter.feed(text))
+            self.thought += not self.answered
+            if token.id not in self.ends:
+                self.held.append((token, text))
+            yield from self._written(self.parser.feed(text))
+        if step.reason:
+            rest = self.parser.feed(self.writer.finish())
+            yield from self._written([*rest, *self.parser.finish()])
+
+    def _written(self, deltas: Iterable[Delta]) -> Iterator[Event]:
+        for delta in deltas:
+            self.answered |= not isinstance(delta, Reasoning)
+            held, self.held = self.held, []
+            told = self.asked.logprobs and isinstance(delta, Content)
+            tokens = _last(held, delta.text) if told else []
+            top = self.asked.top_logprobs or 0
+            logprobs = chat_logprobs(self.host.tokenizer, tokens, top)["content"]
+            yield from self.items.add(delta, logprobs)
+
+    def _usage(self) -> dict[str, Any]:
+        usage = self.generation.usage()
+        thinks = any(item["type"] == "reasoning" for item in self.items.done)
+        return {
+            "input_tokens": usage["prompt_tokens"],
+            "input_tokens_details": {**usage["prompt_tokens_details"], "cache_write_tokens": 0},
+            "output_tokens": usage["completion_tokens"],
+            "output_tokens_details": {"reasoning_tokens": self.thought if thinks else 0},
+            "total_tokens": usage["total_tokens"],
+        }
+
+    def _response(self, status: str, **more: Any) -> dict[str, Any]:
+        asked, choice, form = self.asked, self.asked.tool_choice, self.asked.format
+        how: Any = choice.type if choice else "auto"
+        if choice and choice.type == "function":
+            how = {"type": "function", "name": choice.name}
+        shown = set(Format.model_fields) if form.type == "json_schema" else {"type"}
+        return {
+            "id": self.id, "object": "response", "created_at": self.created, "status": status,
+            "background": False, "error": None, "incomplete_details": None,
+            "instructions": asked.instructions, "max_output_tokens": asked.max_output_tokens,
+            "metadata": asked.metadata or {}, "model": self.host.name,
+            "output": list(self.items.done),
+            "parallel_tool_calls": asked.parallel_tool_calls is not False,
+            "previous_response_id": None, "store": False,
+            "temperature": 1.0 if asked.temperature is None else asked.temperature,
+            "text": {"format": form.model_dump(include=shown, by_alias=True)}, "tool_choice": how,
+            "tools": [{"type": "function", **_function(tool)} for tool in asked.tools or ()],
+            "top_logprobs": asked.top_logprobs or 0,
+            "top_p": 1.0 if asked.top_p is None else asked.top_p,
+            "truncation": "disabled", "usage": None, "user": asked.user, **more,
+        }  # fmt: skip
+
+
+def _last(held: list[tuple[Token, str]], text: str) -> list[Token]:
+    """The tokens of this text, which are the last that came: without tags and blanks before it."""
+    at, size = len(held), 0
+    while at and (size < len(text) or not held[at - 1][1]):
+        at -= 1
+        size += len(held[at][1])
+    return [token for token, _ in held[at:]]

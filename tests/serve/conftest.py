@@ -1,0 +1,26 @@
+"""One server of a tiny model for all tests of a worker."""
+
+from collections.abc import Iterator
+
+import openai
+import pytest
+
+from ropewalk.serve.openai import Server
+from tests.serve.tiny_server import serving, tiny
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Server:
+    return tiny(tmp_path_factory.mktemp("served"))
+
+
+@pytest.fixture(scope="session")
+def address(server: Server) -> Iterator[str]:
+    with serving(server) as address:
+        yield address
+
+
+@pytest.fixture
+def client(address: str) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0) as client:
+        yield client
