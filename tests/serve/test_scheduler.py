@@ -496,8 +496,10 @@ def test_most_pages_are_counted_right(limits: Limits, length: int, run: int) -> 
 
 def test_a_step_of_many_tokens_ends_where_the_sequence_may() -> None:
     engine = make(pages=(3,), lookahead=4)
-    engine.add([1] * 5, 7)
-    engine.finish()
+    for prompt in (5, 10):
+        engine.add([1] * prompt, 12 - prompt)
+        engine.finish()
+    assert engine.scheduler.preemptions == 0
 
 
 def test_after_a_restart_nothing_is_cached_and_all_is_done_again() -> None:
@@ -511,6 +513,15 @@ def test_after_a_restart_nothing_is_cached_and_all_is_done_again() -> None:
     assert [chunk.start for chunk in engine.step().chunks] == [0, 0]
     engine.finish()
     assert [s.reason for s in sequences] == ["length"] * 3
+    engine = make(pages=(), spans=(), snapshots=4)
+    for cached in (0, 8):
+        engine.add(range(9))
+        engine.finish()
+        assert engine.ended[-1].cached == cached
+    engine.scheduler.restart()
+    engine.add(range(9))
+    engine.finish()
+    assert engine.ended[-1].cached == 0
 
 
 def test_preemption_takes_the_last_in_order_and_loses_nothing() -> None:

@@ -1,16 +1,321 @@
-"""The server through OpenAI's own client."""
+"""The server through OpenAI's own client, streaming and not, sync and async."""
 
+import asyncio
+import base64
+import json
+import re
+import time
+
+import jax.numpy as jnp
+import numpy as np
+import openai
 import pytest
 
-GREEDY = {"temperature": 0, "max_tokens": 12}
+from ropewalk.checkpoint.pretrained import load
+from ropewalk.layers.lm import with_parameters
+from ropewalk.text import chat as templates
+from tests.serve.tiny_server import LENGTH, tiny_model
+
+SAY = [{"role": "user", "content": "Say something."}]
+# Of `<tool_call>` and `<think>`, which a model may begin with, the second has an h.
+NO_THOUGHT = {str(ord("h")): -100}
+TOOLS = [
+    {
+        "type": "function",
+        "function": {
+            "name": name,
+            "parameters": {
+                "type": "object",
+                "properties": {
+                    "city": {"type": "string", "maxLength": 5},
+                    "days": {"enum": [1, 2]},
+                },
+                "required": ["city", "days"],
+                "additionalProperties": False,
+            },
+        },
+    }
+    for name in ("weather", "news")
+]
 
 
-def test_a_completion_is_what_the_model_writes_alone(client, server):
-    from tests.serve.engines import solo
-    from ropewalk.serve.slots import Settings
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """The same model without a server."""
+    return load(tiny_model(tmp_path_factory.mktemp("alone")))
 
-    told = client.completions.create(model="tiny", prompt="Once upon", **GREEDY)
-    host = server.host
-    ids = host.tokenizer.encode_prompt("Once upon")
-    assert told.usage.prompt_tokens == len(ids)
-    assert told.choices[0].finish_reason in ("length", "stop")
+
+@pytest.mark.parametrize("prompt", ["Once upon a time", "é🦀", list(range(40, 120)), "x" * 180])
+def test_a_greedy_completion_is_the_model_s_own(client, alone, prompt):
+    told = client.completions.create(model="tiny", prompt=prompt, temperature=0, max_tokens=30)
+    wanted = alone.generate([prompt], max_new_tokens=30)[0]
+    choice = told.choices[0]
+    assert choice.text == wanted.text
+    assert told.usage.completion_tokens == len(wanted.tokens)
+    ended = wanted.tokens[-1] in alone.tokenizer.eos_ids
+    assert choice.finish_reason == ("stop" if ended else "length")
+
+
+@pytest.mark.parametrize("temperature", [0.7, 1.5])
+def test_a_seed_gives_the_tokens_of_the_plain_decoder(client, alone, temperature):
+    knobs = {"temperature": temperature, "top_p": 0.9, "seed": 11}
+    told = client.completions.create(model="tiny", prompt="Once", max_tokens=20, **knobs)
+    assert told.choices[0].text == alone.generate(["Once"], 20, **knobs)[0].text
+
+
+@pytest.mark.parametrize("more", [{}, {"n": 3, "seed": 5, "temperature": 1}, {"logprobs": 3}])
+def test_a_stream_is_the_whole_in_pieces(client, more):
+    asked = {"model": "tiny", "prompt": ["One", "Two"], "max_tokens": 15, "temperature": 0, **more}
+    whole = client.completions.create(**asked)
+    stream = client.completions.create(**asked, stream=True, stream_options={"include_usage": True})
+    texts, reasons, usage, tokens = {}, {}, None, {}
+    for chunk in stream:
+        usage = chunk.usage or usage
+        for choice in chunk.choices:
+            texts[choice.index] = texts.get(choice.index, "") + choice.text
+            reasons[choice.index] = choice.finish_reason or reasons.get(choice.index)
+            if choice.logprobs:
+                tokens.setdefault(choice.index, []).extend(choice.logprobs.token_logprobs)
+    assert len(whole.choices) == 2 * more.get("n", 1)
+    for choice in whole.choices:
+        assert texts[choice.index] == choice.text
+        assert reasons[choice.index] == choice.finish_reason
+        if "logprobs" in more:
+            wanted = choice.logprobs.token_logprobs
+            np.testing.assert_allclose(tokens[choice.index], wanted, atol=1e-4)
+    assert usage.model_dump() | {"prompt_tokens_details": None} == whole.usage.model_dump() | {
+        "prompt_tokens_details": None
+    }
+
+
+def test_prompts_are_scored_as_the_full_forward_pass_does(client, alone):
+    prompt = list(range(60, 110))
+    told = client.completions.create(
+        model="tiny", prompt=prompt, max_tokens=1, logprobs=2, echo=True, temperature=0
+    )
+    scores = told.choices[0].logprobs
+    logits = jnp.asarray(alone.logits([prompt]))[0]
+    full = np.asarray(logits - jnp.log(jnp.sum(jnp.exp(logits), axis=-1, keepdims=True)))
+    wanted = full[np.arange(len(prompt) - 1), prompt[1:]]
+    assert scores.token_logprobs[0] is None and len(scores.tokens) == len(prompt) + 1
+    np.testing.assert_allclose(scores.token_logprobs[1:-1], wanted, atol=1e-4)
+    np.testing.assert_allclose(scores.token_logprobs[-1], full[-1].max(), atol=1e-4)
+    assert told.choices[0].text.startswith(alone.tokenizer.decode(prompt))
+    silent = client.completions.create(
+        model="tiny", prompt=prompt, max_tokens=0, logprobs=2, echo=True, temperature=0
+    )
+    assert silent.choices[0].logprobs.token_logprobs == scores.token_logprobs[:-1]
+    assert silent.usage.completion_tokens == 0
+
+
+def test_a_stop_string_ends_an_answer_before_it(client):
+    free = client.completions.create(model="tiny", prompt="abc", max_tokens=40, temperature=0)
+    text = free.choices[0].text
+    stop = text[5:8]
+    cut = client.completions.create(
+        model="tiny", prompt="abc", max_tokens=40, temperature=0, stop=["never", stop]
+    )
+    assert cut.choices[0].text == text[: text.find(stop)]
+    assert cut.choices[0].finish_reason == "stop"
+
+
+def test_biases_penalties_and_stop_ids_reach_the_device(client):
+    asked = {"model": "tiny", "prompt": "abc", "max_tokens": 12, "temperature": 0}
+    biased = client.completions.create(**asked, logit_bias={"65": 100})
+    assert biased.choices[0].text == "A" * 12
+    penalized = client.completions.create(**asked, logit_bias={"65": 20}, frequency_penalty=2)
+    assert len(set(penalized.choices[0].text)) > 1
+    stopped = client.completions.create(
+        **asked, logit_bias={"65": 100}, extra_body={"stop_token_ids": [65]}
+    )
+    assert stopped.usage.completion_tokens == 1 and stopped.choices[0].finish_reason == "stop"
+
+
+def test_a_chat_streams_what_it_tells_at_once(client):
+    asked = {"model": "tiny", "messages": SAY, "max_tokens": 20, "temperature": 0}
+    whole = client.chat.completions.create(**asked, logprobs=True, top_logprobs=2)
+    text, reason, scores = "", None, []
+    for chunk in client.chat.completions.create(
+        **asked, stream=True, logprobs=True, top_logprobs=2
+    ):
+        text += chunk.choices[0].delta.content or ""
+        reason = chunk.choices[0].finish_reason or reason
+        scores += chunk.choices[0].logprobs.content if chunk.choices[0].logprobs else []
+    told = whole.choices[0]
+    assert (text, reason) == (told.message.content, told.finish_reason)
+    # The second time the prompt's beginning is found in pages: float32 sums in another order.
+    wanted = [s.logprob for s in told.logprobs.content]
+    np.testing.assert_allclose([s.logprob for s in scores], wanted, atol=1e-4)
+    assert all(len(s.top_logprobs) == 2 for s in scores)
+
+
+def test_answers_to_a_conversation_are_those_to_its_template(client, server):
+    tokenizer = server.host.tokenizer
+    rendered = templates.render(tokenizer, SAY)
+    told = client.chat.completions.create(model="tiny", messages=SAY, max_tokens=10, temperature=0)
+    plain = client.completions.create(
+        model="tiny", prompt=tokenizer.encode(rendered), max_tokens=10, temperature=0
+    )
+    assert told.choices[0].message.content == plain.choices[0].text
+
+
+def test_max_tokens_is_clamped_with_a_note(client):
+    raw = client.chat.completions.with_raw_response.create(
+        model="tiny", messages=SAY, max_tokens=100_000, temperature=0, extra_body={"odd": 1}
+    )
+    warning = raw.headers["warning"]
+    assert "max_tokens 100000 clamped to" in warning and "odd" in warning
+    usage = raw.parse().usage
+    assert usage.total_tokens <= LENGTH
+
+
+@pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "news"}}])
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_forced_call_keeps_to_its_schema(client, choice, stream):
+    asked = {
+        "model": "tiny", "messages": SAY, "tools": TOOLS, "tool_choice": choice, "temperature": 0,
+        "parallel_tool_calls": False, "logit_bias": NO_THOUGHT,
+    }  # fmt: skip
+    if stream:
+        calls: dict[int, list[str]] = {}
+        for chunk in client.chat.completions.create(**asked, stream=True):
+            reason = chunk.choices[0].finish_reason
+            for call in chunk.choices[0].delta.tool_calls or ():
+                known = calls.setdefault(call.index, ["", ""])
+                known[0] += call.function.name or ""
+                known[1] += call.function.arguments or ""
+        found = [*calls.values()]
+    else:
+        told = client.chat.completions.create(**asked).choices[0]
+        reason = told.finish_reason
+        found = [[c.function.name, c.function.arguments] for c in told.message.tool_calls]
+    assert reason == "tool_calls"
+    for name, arguments in found:
+        assert name in ("weather", "news") and (choice == "required" or name == "news")
+        parsed = json.loads(arguments)
+        assert set(parsed) == {"city", "days"} and parsed["days"] in (1, 2)
+
+
+def test_formats_hold_the_answer(client):
+    schema = {
+        "type": "object",
+        "properties": {"a": {"type": "integer", "minimum": 0, "maximum": 9}, "b": {"type": "null"}},
+        "required": ["a", "b"],
+        "additionalProperties": False,
+    }
+    asked = {"model": "tiny", "messages": SAY, "temperature": 1, "seed": 3}
+
+    def said(form) -> str:
+        told = client.chat.completions.create(**asked, response_format=form)
+        return told.choices[0].message.content
+
+    wanted = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+    assert set(json.loads(said(wanted))) == {"a", "b"}
+    assert re.fullmatch(r"(cat|dog){2,3}!", said({"type": "regex", "regex": r"(cat|dog){2,3}!"}))
+
+
+def test_embeddings_are_hidden_states(client, alone):
+    prompts = ["abc", "a longer one " * 10]
+    told = client.embeddings.create(model="tiny", input=prompts)
+    for one, found in zip(prompts, told.data, strict=True):
+        ids = jnp.asarray([alone.encode(one)])
+        x = with_parameters(alone.structure, alone.params).hidden(ids)[0][0]
+        mean = np.asarray(jnp.mean(x, axis=0))
+        np.testing.assert_allclose(found.embedding, mean / np.linalg.norm(mean), atol=1e-5)
+    raw = client.embeddings.with_raw_response.create(
+        model="tiny", input="abc", encoding_format="base64", extra_body={"pooling": "last"}
+    )
+    row = np.frombuffer(base64.b64decode(json.loads(raw.text)["data"][0]["embedding"]), np.float32)
+    assert abs(np.linalg.norm(row) - 1) < 1e-5
+
+
+def test_many_at_once_are_as_alone(address, alone):
+    """Of several kinds together, more than there are slots; each is what it would be alone."""
+    prompts = [f"Number {i} " * (1 + i % 5) for i in range(24)]
+
+    async def everything():
+        async with openai.AsyncOpenAI(base_url=f"{address}/v1", api_key="-") as client:
+
+            async def one(i: int) -> str:
+                asked = {"model": "tiny", "prompt": prompts[i], "temperature": 0, "max_tokens": 20}
+                if i % 2:
+                    told = await client.completions.create(**asked)
+                    return told.choices[0].text
+                stream = await client.completions.create(**asked, stream=True)
+                return "".join([chunk.choices[0].text async for chunk in stream])
+
+            return await asyncio.gather(*map(one, range(len(prompts))))
+
+    found = asyncio.run(everything())
+    wanted = [alone.generate([one], 20)[0].text for one in prompts]
+    assert found == wanted
+
+
+def test_a_beginning_met_again_is_not_read_again(client):
+    prompt = "This beginning is long enough to fill some pages of the cache. " * 2
+    asked = {"model": "tiny", "prompt": prompt, "max_tokens": 5, "temperature": 0}
+    first, again = (client.completions.create(**asked) for _ in range(2))
+    other = client.completions.create(**asked, extra_body={"cache_salt": "mine"})
+    assert again.usage.prompt_tokens_details.cached_tokens >= 96
+    assert other.usage.prompt_tokens_details.cached_tokens == 0
+    assert first.choices[0].text == again.choices[0].text == other.choices[0].text
+
+
+def test_who_leaves_is_forgotten(client, server):
+    """A stream that is closed frees its slot; so does a request that is given up."""
+    stream = client.completions.create(
+        model="tiny", prompt="abc", max_tokens=200, stream=True, extra_body={"ignore_eos": True}
+    )
+    next(iter(stream))
+    stream.close()
+    with pytest.raises(openai.APITimeoutError):
+        client.with_options(timeout=0.02).completions.create(
+            model="tiny", prompt="abc", max_tokens=200, extra_body={"ignore_eos": True}
+        )
+    _until(lambda: server.host.service.open == 0)
+    assert server.host.service.scheduler.usage == 0
+
+
+def test_nothing_is_compiled_while_serving(client, server):
+    """Whatever is asked for: lengths, numbers of answers, options."""
+    engine, rng = server.host.service.engine, np.random.default_rng(0)
+
+    def programs() -> int:
+        made = engine._prefill, engine._insert, engine._generate, engine._count
+        return sum(one._cache_size() for one in made)
+
+    before = programs()
+    for i in range(40):
+        more = {"logprobs": 5, "echo": True} if i % 4 == 0 else {}
+        more |= {"presence_penalty": 1.0} if i % 3 == 0 else {}
+        more |= {"logit_bias": {"70": 5}} if i % 5 == 0 else {}
+        client.completions.create(
+            model="tiny", prompt=rng.integers(0, 250, rng.integers(1, 900)).tolist(),
+            max_tokens=int(rng.integers(1, 20)), n=int(rng.integers(1, 4)),
+            temperature=float(rng.choice([0, 0.5, 1.0])), top_p=float(rng.uniform(0.1, 1)),
+            extra_body={"top_k": int(rng.integers(0, 100))}, **more,
+        )  # fmt: skip
+    assert programs() == before
+
+
+def test_small_routes(client, server, address):
+    assert [m.id for m in client.models.list()] == ["tiny"]
+    assert client.models.retrieve("tiny").id == "tiny"
+    with pytest.raises(openai.NotFoundError, match="'other' is not served here"):
+        client.models.retrieve("other")
+    ids = client.post("/../tokenize", body={"prompt": "abc"}, cast_to=dict)["tokens"]
+    assert ids == server.host.tokenizer.encode_prompt("abc")
+    text = client.post("/../detokenize", body={"tokens": ids}, cast_to=dict)["prompt"]
+    assert text == "abc"
+    metrics = client.get("/../metrics", cast_to=str)
+    for name in ("num_requests_running", "generation_tokens_total", "time_to_first_token_seconds"):
+        assert f"ropewalk:{name}" in metrics and f"vllm:{name}" in metrics
+    assert client.get("/../health", cast_to=dict) == {"status": "ok"}
+    assert client.get("/../ready", cast_to=dict) == {"status": "ready"}
+
+
+def _until(holds, seconds: float = 10.0) -> None:
+    end = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < end
+        time.sleep(0.01)

@@ -20,10 +20,9 @@ from ropewalk.checkpoint.pretrained import Pretrained
 from ropewalk.layers.lm import parameters
 from ropewalk.serve.launch import Options, build
 from ropewalk.serve.openai import Server
-
 from ropewalk.text.tokenizer import byte_tokenizer
 
-LENGTH = 256
+LENGTH = 1024
 # Qwen's, in short: it mentions its way to call tools, and that it may think.
 TEMPLATE = """{%- if tools %}<|system|>You may call: <tool_call>{"name": ..., "arguments": ...}\
 </tool_call>

@@ -1,9 +1,11 @@
+import contextlib
+import copy
 import dataclasses
 
 import pytest
 
 from ropewalk.core.errors import DataError
-from ropewalk.text import chat
+from ropewalk.text import chat, sandbox
 from ropewalk.text.interface import Tokenizer
 from ropewalk.text.tokenizer import HuggingFaceTokenizer, byte_tokenizer
 
@@ -64,8 +66,44 @@ def test_functions_that_templates_expect() -> None:
         ("{{ ''.__class__.__mro__ }}", "unsafe"),
         ("{{ messages.append(1) }}", "unsafe|not safely callable"),
         ("{% for i in range(999999999) %}{% endfor %}", "Range too big"),
+        ("{{ 'a' * 10**10 }}", "fails.*limit 4194304"),
+        ("{{ strftime_now('%Y' * 1000) }}", "strftime_now of 2000 characters, limit 200"),
+        ("{{ raise_exception('no' * 1000000) }}", "refuses"),
+        ("{{ 1e999 }}", "inf"),
+        ("{{ 'abc' | truncate(1, True, 'xx', 0) }}", "expected length"),
+        ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "recursion"),
+        ("{% for i in [1] %}" * 30 + "{% endfor %}" * 30, "not valid Jinja: too many"),
+        ("{{ " + "(" * 9000 + ")" * 9000 + " }}", "not valid Jinja: maximum recursion"),
+        ("x" * 100_000, "has 100000 characters, limit 65536"),
     ],
 )
 def test_what_a_template_cannot_do(template: str | None, message: str) -> None:
-    with pytest.raises(DataError, match=message):
+    with pytest.raises(DataError, match=message) as raised:
         chat.render(with_template(template), [{"role": "user", "content": "hi"}])
+    assert len(str(raised.value)) < 1200
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "{{ messages.append(1) }}", "{{ messages[0].update(a=1) }}", "{{ messages[0].pop('role') }}",
+        "{{ (messages[0] | attr('update'))(a=1) }}", "{{ messages[0]['setdefault']('a', 1) }}",
+        "{{ messages[0].parts.extend([1]) }}", "{{ messages[0].parts | map('attr', 'clear') }}",
+        "{% set messages[0].content = 'x' %}", "{% set messages.x = 'x' %}",
+        "{% set ns = messages[0] %}{% set ns.content = 'x' %}",
+        "{% for m in messages %}{% set m = {} %}{% endfor %}{{ messages | reverse | list }}",
+    ],
+)  # fmt: skip
+def test_no_template_changes_the_messages(change: str) -> None:
+    messages = [{"role": "user", "content": "hi", "parts": [{"a": 1}]}]
+    before = copy.deepcopy(messages)
+    with contextlib.suppress(DataError):
+        chat.render(with_template(change), messages, tools=messages)
+    assert messages == before
+
+
+def test_a_long_conversation_is_rendered_and_a_longer_one_refused() -> None:
+    messages = [{"role": "user", "content": "é" * 5000}] * 800
+    assert len(chat.render(with_template(CHATML), messages)) > 4_000_000
+    with pytest.raises(DataError, match=f"limit {sandbox.OUTPUT_CHARS}"):
+        chat.render(with_template(CHATML), messages * 2)

@@ -19,7 +19,6 @@ from ropewalk.serve.asked import (
     Asked,
     BadRequest,
     Chat,
-    Function,
     Sampled,
     Word,
 )
@@ -94,10 +93,14 @@ class Item(Asked):
         return self
 
 
-class FunctionTool(Function):
+class FunctionTool(Asked):
     """A function that may be called; a tool that a server would run itself is refused."""
 
     type: Literal["function"]
+    name: Name
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
 
 
 class ToolChoice(Asked):
@@ -163,7 +166,7 @@ class Responses(Sampled):
     @property
     def format(self) -> Format:
         """What the text looks like."""
-        return (self.text and self.text.format) or Format()
+        return (self.text and self.text.format) or Format.model_validate({})
 
     @property
     def logprobs(self) -> bool:
@@ -205,7 +208,7 @@ def _chat(asked: Responses) -> Chat:
         "messages": _messages(asked),
         "logprobs": asked.logprobs,
         "top_logprobs": asked.top_logprobs if asked.logprobs else None,
-        "tools": [{"type": "function", "function": _function(one)} for one in asked.tools or ()],
+        "tools": [{"type": "function", "function": tool} for tool in _tools(asked)],
         "tool_choice": how,
         "parallel_tool_calls": asked.parallel_tool_calls,
         "response_format": {"type": form.type, "json_schema": {"schema": form.schema_ or {}}},
@@ -220,8 +223,9 @@ def _chat(asked: Responses) -> Chat:
         raise BadRequest(about, about.partition(":")[0]) from None
 
 
-def _function(tool: FunctionTool) -> dict[str, Any]:
-    return tool.model_dump(include=set(Function.model_fields))
+def _tools(asked: Responses) -> list[dict[str, Any]]:
+    known = {"name", "description", "parameters", "strict"}
+    return [tool.model_dump(include=known) for tool in asked.tools or ()]
 
 
 def _messages(asked: Responses) -> list[dict[str, Any]]:
@@ -293,8 +297,9 @@ class _Items:
         self._open = {"id": f"{_PREFIXES[kind]}_{secrets.token_hex(12)}", "type": kind, **more}
         self._texts, self._logprobs = [], []
         item, index = self._item("in_progress"), len(self.done)
-        parts, item["content"] = item.pop("content", []), []
-        yield {"type": "response.output_item.added", "output_index": index, "item": item}
+        parts = item.get("content", [])
+        told = {**item, "content": []} if parts else item
+        yield {"type": "response.output_item.added", "output_index": index, "item": told}
         for part in parts:
             yield self._event("content_part.added", part=part)
 
@@ -392,8 +397,8 @@ class _Whole:
         for delta in deltas:
             self.answered |= not isinstance(delta, Reasoning)
             held, self.held = self.held, []
-            told = self.asked.logprobs and isinstance(delta, Content)
-            tokens = _last(held, delta.text) if told else []
+            tokens = _last(held, delta.text) if isinstance(delta, Content) else []
+            tokens = tokens if self.asked.logprobs else []
             top = self.asked.top_logprobs or 0
             logprobs = chat_logprobs(self.host.tokenizer, tokens, top)["content"]
             yield from self.items.add(delta, logprobs)
@@ -425,7 +430,7 @@ class _Whole:
             "previous_response_id": None, "store": False,
             "temperature": 1.0 if asked.temperature is None else asked.temperature,
             "text": {"format": form.model_dump(include=shown, by_alias=True)}, "tool_choice": how,
-            "tools": [{"type": "function", **_function(tool)} for tool in asked.tools or ()],
+            "tools": [{"type": "function", **tool} for tool in _tools(asked)],
             "top_logprobs": asked.top_logprobs or 0,
             "top_p": 1.0 if asked.top_p is None else asked.top_p,
             "truncation": "disabled", "usage": None, "user": asked.user, **more,

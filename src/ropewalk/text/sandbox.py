@@ -154,8 +154,9 @@ class _Watched(visitor.NodeTransformer):
 
     def visit_Getitem(self, node: nodes.Getitem) -> nodes.Node:
         """A slice is a copy."""
-        self.generic_visit(node)
-        return _through("_made", node) if isinstance(node.arg, nodes.Slice) else node
+        return (
+            self.visit_List(node) if isinstance(node.arg, nodes.Slice) else self.generic_visit(node)
+        )
 
     def visit_Tuple(self, node: nodes.Tuple) -> nodes.Node:
         """As `visit_List`, where it is no target of an assignment."""
@@ -345,7 +346,11 @@ def _counted(work: _Work, values: Iterator[Any], chosen: bool) -> Iterator[Any]:
 
 @jinja2.pass_context
 def _written(context: Any, value: Any) -> str:
-    return _WORK.get().made(value if isinstance(value, str) else str(value))
+    work = _WORK.get()
+    if not isinstance(value, str):
+        return work.made(str(value))
+    work.spend()
+    return value
 
 
 @jinja2.pass_context
