@@ -41,12 +41,26 @@ class Browser:
         return self._call("POST", "/execute/sync", {"script": script, "args": list(arguments)})
 
     def text(self, selector: str) -> str:
-        """What a reader sees of the first such element, "" where there is none."""
-        return self.run("return document.querySelector(arguments[0])?.innerText ?? ''", selector)
+        """What is to be seen of the first such element, "" where there is none."""
+        find = "const one = document.querySelector(arguments[0]);"
+        return self.run(f"{find} return one?.checkVisibility() ? one.innerText : ''", selector)
 
     def click(self, selector: str) -> None:
         found = self._call("POST", "/element", {"using": "css selector", "value": selector})
         self._call("POST", f"/element/{found[_ELEMENT]}/click", {})
+
+    def roles(self, selector: str) -> list[tuple[str, str, str]]:
+        """Role and name of all such elements, as assistive technology is told them, and their HTML
+        for messages."""
+        found = self._call("POST", "/elements", {"using": "css selector", "value": selector})
+        told = []
+        for one in found:
+            path = f"/element/{one[_ELEMENT]}"
+            role, name = (
+                self._call("GET", path + end) for end in ("/computedrole", "/computedlabel")
+            )
+            told.append((role, name, self._call("GET", path + "/property/outerHTML")[:200]))
+        return told
 
     def press(self, *keys: str) -> None:
         """Keys held down one after the other, and let go."""

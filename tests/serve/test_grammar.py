@@ -251,7 +251,7 @@ def test_what_is_too_much_is_refused_soon(plain: Grammars, name: str) -> None:
     started = time.monotonic()
     with pytest.raises(GrammarError, match=message) as raised:
         plain.compile(spec)
-    assert time.monotonic() - started < 2
+    assert time.monotonic() - started < 3
     assert len(str(raised.value)) < 600
     assert plain.compile(Schema({"type": "object"}))  # the next one is served
 

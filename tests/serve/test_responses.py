@@ -16,18 +16,20 @@ from openai.types.responses import Response, ResponseStreamEvent
 
 from ropewalk.serve import grammar
 from ropewalk.serve.asked import BadRequest
-from tests.serve.tiny_server import TEMPLATE
+from tests.serve.tiny_server import LENGTH, TEMPLATE
 
 EVENT = pydantic.TypeAdapter(ResponseStreamEvent)
 GREEDY: dict[str, Any] = {"model": "tiny", "temperature": 0, "max_output_tokens": 12}
 JSON = {"format": {"type": "json_object"}}
 LOGPROBS: dict[str, Any] = {"include": ["message.output_text.logprobs"], "top_logprobs": 2}
+# The tiny model would think, or write blanks, to no end: neither an h nor a blank is in these.
+BRISK = {"logit_bias": {str(byte): -100 for byte in b"h \t\r\n"}}
 COLOR = {"type": "object", "properties": {"c": {"enum": ["red", "blue"]}}, "required": ["c"]}
 PAINT = {"type": "function", "name": "paint", "parameters": COLOR}
 CALL = '<tool_call>\n{"name": "paint", "arguments": {"c": "red"}}\n</tool_call>'
 
 
-def created(client: openai.OpenAI, **asks: Any) -> dict[str, Any]:
+def created(client: Any, **asks: Any) -> dict[str, Any]:
     """The JSON of a response, which the client's types take as it is."""
     told = client.responses.with_raw_response.create(**GREEDY | {"input": "Hi"} | asks)
     raw = json.loads(told.text)
@@ -35,7 +37,7 @@ def created(client: openai.OpenAI, **asks: Any) -> dict[str, Any]:
     return raw
 
 
-def streamed(client: openai.OpenAI, **asks: Any) -> list[dict[str, Any]]:
+def streamed(client: Any, **asks: Any) -> list[dict[str, Any]]:
     """The events of a stream, all of types that the client knows, numbered, and nothing else."""
     asks = GREEDY | {"input": "Hi"} | asks
     with client.responses.with_streaming_response.create(**asks, stream=True) as told:
@@ -74,11 +76,8 @@ def writes(server, monkeypatch) -> Callable[[str], None]:
 @pytest.fixture
 def thinking(server, monkeypatch) -> None:
     """A template that opens the thinking itself, and tells what was thought before."""
-    template = (
-        TEMPLATE.replace("<|assistant|>", "<|assistant|><think>")
-        .replace("}}{{ message.content", "}}{{ message.reasoning_content }}|{{ message.content")
-        .replace("|>{{ message.content", "|>{{ message.reasoning_content }}{{ message.content")
-    )
+    template = TEMPLATE.replace("<|assistant|>", "<|assistant|><think>")
+    template = template.replace("|>{{", "|>{{ message.reasoning_content }}{{")
     tokenizer = server.host.tokenizer
     roles = dataclasses.replace(tokenizer.roles, chat_template=template)
     monkeypatch.setattr(tokenizer, "roles", roles)
@@ -202,8 +201,8 @@ def test_the_stream_helper_ends_with_the_response(client, address, writes):
 @pytest.mark.parametrize("choice", ["required", {"type": "function", "name": "paint"}])
 def test_a_tool_is_called_where_it_must_be(client, choice):
     other = {"type": "function", "name": "wait", "parameters": None}
-    asks = {"tools": [PAINT, other], "tool_choice": choice, "max_output_tokens": 70, "input": "?"}
-    raw = created(client, **asks, parallel_tool_calls=False)
+    asks = {"tools": [PAINT, other], "tool_choice": choice, "max_output_tokens": 90, "input": "?"}
+    raw = created(client, **asks, parallel_tool_calls=False, extra_body=BRISK)
     (call,) = raw["output"]
     assert call["type"] == "function_call" and call["status"] == "completed"
     arguments = json.loads(call["arguments"])
@@ -225,7 +224,7 @@ class Color(pydantic.BaseModel):
 
 
 def test_text_keeps_to_a_schema(client):
-    asks = GREEDY | {"max_output_tokens": 60}
+    asks = GREEDY | {"max_output_tokens": 60, "extra_body": BRISK}
     told = client.responses.parse(input="Hi", text_format=Color, **asks)
     assert isinstance(told.output_parsed, Color)
     assert told.status == "completed"
@@ -282,7 +281,7 @@ def test_thinking_that_the_prompt_opened_is_reasoning(client, thinking):
 
 def test_a_response_goes_back_as_input(client, writes, thinking):
     writes(f"Hm</think>Yes{CALL}")
-    asks = GREEDY | {"text": JSON, "tools": [PAINT], "max_output_tokens": 80}
+    asks = GREEDY | {"text": JSON, "tools": [PAINT], "max_output_tokens": 99}
     given: list[Any] = [{"role": "user", "content": "?"}]
     told = client.responses.create(input=given, **asks)
     given += told.output
@@ -319,14 +318,14 @@ REFUSED = [
     (_asked("input_file", file_id="file_1"), "input.0.content.0.type"),
     (_asked("input_audio", input_audio={}), "input.0.content.0.type"),
     ({"input": [{"type": "item_reference", "id": "msg_1"}]}, "input.0.type"),
-    ({"input": [{"type": "function_call", "call_id": "1", "name": "f"}]}, "input.0"),
+    ({"input": [{"type": "function_call", "call_id": "1", "name": "f"}]}, "input.0.arguments"),
     ({"input": [{"type": "reasoning", "id": "rs_1", "summary": []}]}, "input"),
     ({"input": []}, "input"),
-    ({"input": "long " * 60}, "input"),
+    ({"input": "x" * LENGTH}, "input"),
     ({"tool_choice": "required"}, "tool_choice"),
     ({"tools": [PAINT], "tool_choice": {"type": "function", "name": "other"}}, "tool_choice"),
     ({"tools": [PAINT, PAINT]}, "tools"),
-    ({"text": {"format": {"type": "json_schema", "name": "x"}}}, "text.format"),
+    ({"text": {"format": {"type": "json_schema", "name": "x"}}}, "text.format.schema"),
     ({"text": {"format": {"type": "json_schema", "name": "x", "schema": {"type": 7}}}},
      "text.format"),
     ({"max_output_tokens": 0}, "max_output_tokens"),
@@ -341,10 +340,10 @@ def test_what_cannot_be_done_is_refused_by_its_name(client, asks, param):
     with pytest.raises(openai.BadRequestError) as caught:
         client.responses.create(**GREEDY | {"input": "Hi"} | asks)
     assert caught.value.param == param
-    assert caught.value.body["message"].startswith(param)
+    assert param in caught.value.message
 
 
-@pytest.mark.parametrize("value", ["NaN", '"\\ud800"', "[" * 900 + "]" * 900])
+@pytest.mark.parametrize("value", ["NaN", '"\\ud800"'])
 @pytest.mark.parametrize("field", ["tools", "text"])
 def test_what_cannot_be_told_again_is_refused(address, value, field):
     odd = f'{{"type": "object", "title": {value}}}'
@@ -356,9 +355,12 @@ def test_what_cannot_be_told_again_is_refused(address, value, field):
     asks = urllib.request.Request(
         f"{address}/v1/responses", body.encode(), {"content-type": "application/json"}
     )
-    with pytest.raises(urllib.error.HTTPError) as caught, caught.value:
+    with pytest.raises(urllib.error.HTTPError) as caught:
         urllib.request.urlopen(asks)
-    assert caught.value.code == 400
+    with caught.value as refused:
+        told = json.load(refused)["error"]
+    assert refused.code == 400
+    assert told["param"] == field or told["message"].startswith(field)
 
 
 class Failing:

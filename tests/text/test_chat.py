@@ -86,7 +86,8 @@ def test_what_a_template_cannot_do(template: str | None, message: str) -> None:
 @pytest.mark.parametrize(
     "change",
     [
-        "{{ messages.append(1) }}", "{{ messages[0].update(a=1) }}", "{{ messages[0].pop('role') }}",
+        "{{ messages.append(1) }}", "{{ messages[0].update(a=1) }}",
+        "{{ messages[0].pop('role') }}",
         "{{ (messages[0] | attr('update'))(a=1) }}", "{{ messages[0]['setdefault']('a', 1) }}",
         "{{ messages[0].parts.extend([1]) }}", "{{ messages[0].parts | map('attr', 'clear') }}",
         "{% set messages[0].content = 'x' %}", "{% set messages.x = 'x' %}",

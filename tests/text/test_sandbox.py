@@ -123,6 +123,7 @@ HOSTILE = {
     "grown": STATE + LOOP + "{% set ns.s = ns.s ~ '" + "x" * 100 + "' %}" + END,
     "a doubled list": STATE + LOOP + "{% set ns.x = [ns.x, ns.x] %}" + END + "{{ ns.x }}",
     "a doubled dict": STATE + LOOP + "{% set ns.x = dict(a=ns.x, b=ns.x) %}" + END + "{{ ns.x }}",
+    "dict.fromkeys": LONG + "{{ dict.fromkeys(range(99999), b) }}",
     "doubled views": STATE + "{% set ns.x = {} %}" + LOOP
     + "{% set ns.x = {'a': ns.x.items(), 'b': ns.x.items()} %}" + END + "{{ ns.x }}",
     "a deep list": STATE + LOOP + "{% set ns.x = [ns.x] %}" + END + "{{ ns.x }}",
@@ -158,7 +159,7 @@ HOSTILE = {
 @pytest.mark.parametrize("name", HOSTILE)
 def test_what_takes_too_much_ends(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     """Soon, without much memory, and in a thread that is not the main one."""
-    monkeypatch.setattr(sandbox, "RENDER_S", 0.5)
+    monkeypatch.setattr(sandbox, "RENDER_S", 0.25)
     template = compiled(HOSTILE[name])
     raised: list[Exception] = []
 

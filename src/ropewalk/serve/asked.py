@@ -1,10 +1,12 @@
 """What may be asked: the fields of every request, their types and bounds. Nothing reaches the
 engine that has not passed here, as a device takes an id out of range for another."""
 
+import json
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 import pydantic
-from pydantic import Field
+from pydantic import AfterValidator, BeforeValidator, Field
 
 from ropewalk.core.errors import UserError
 from ropewalk.serve.slots import MOST_BIASES, MOST_RANKED, MOST_STOPS, Settings
@@ -13,11 +15,14 @@ MOST_CHOICES = 16
 MOST_PROMPTS = 64
 MOST_MESSAGES = 2048
 MOST_TOOLS = 128
+MOST_KWARGS = 16
 _STOP_LENGTH = 256
 _WORD = Field(max_length=256)
 
 Id = Annotated[int, Field(ge=0, lt=2**31)]
 Word = Annotated[str, _WORD]
+Text = Annotated[str, Field(max_length=4 * 2**20)]
+Stop = Annotated[str, Field(min_length=1, max_length=_STOP_LENGTH)]
 
 
 class BadRequest(UserError):
@@ -26,6 +31,34 @@ class BadRequest(UserError):
     def __init__(self, message: str, param: str | None = None, code: str | None = None):
         super().__init__(message)
         self.param, self.code = param, code
+
+
+def few(most: int) -> BeforeValidator:
+    """At most so many entries of an object, counted before each is looked at: a message for every
+    wrong one of a million takes seconds. Lists have `fail_fast`."""
+
+    def counted(value: Any) -> Any:
+        if isinstance(value, dict) and len(value) > most:
+            raise ValueError(f"has {len(value)} entries, limit {most}")
+        return value
+
+    return BeforeValidator(counted)
+
+
+def _plain(value: dict[str, Any]) -> dict[str, Any]:
+    try:
+        json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
+    except RecursionError:
+        raise ValueError("is nested too deeply") from None
+    except UnicodeEncodeError:
+        raise ValueError("has half a character in a text") from None
+    except ValueError:
+        raise ValueError("has a number that is not finite") from None
+    return value
+
+
+Plain = Annotated[dict[str, Any], AfterValidator(_plain)]
+"""what JSON can write"""
 
 
 class Asked(pydantic.BaseModel):
@@ -57,22 +90,16 @@ class Sampled(Asked):
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
     repetition_penalty: float | None = Field(None, gt=0, le=10)
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
-    stop: (
-        Annotated[str, Field(min_length=1, max_length=_STOP_LENGTH)]
-        | Annotated[
-            list[Annotated[str, Field(min_length=1, max_length=_STOP_LENGTH)]],
-            Field(max_length=MOST_STOPS),
-        ]
-        | None
-    ) = None
-    stop_token_ids: Annotated[list[Id], Field(max_length=MOST_STOPS)] | None = None
+    stop: Stop | Annotated[list[Stop], Field(max_length=MOST_STOPS, fail_fast=True)] | None = None
+    stop_token_ids: Annotated[list[Id], Field(max_length=MOST_STOPS, fail_fast=True)] | None = None
     ignore_eos: bool | None = None
     logit_bias: (
         Annotated[
             dict[
-                Annotated[str, Field(pattern=r"^\d{1,10}$")],
+                Annotated[str, Field(pattern=r"^[0-9]{1,10}$")],
                 Annotated[float, Field(ge=-100, le=100)],
             ],
+            few(MOST_BIASES),
             Field(max_length=MOST_BIASES),
         ]
         | None
@@ -125,31 +152,31 @@ class Sampled(Asked):
         )
 
 
-Prompt = Annotated[str, Field(max_length=4 * 2**20)]
-Ids = Annotated[list[Id], Field(max_length=2**20)]
+Ids = Annotated[list[Id], Field(max_length=2**20, fail_fast=True)]
+Prompts = (
+    Annotated[list[Text], Field(max_length=MOST_PROMPTS, fail_fast=True)]
+    | Annotated[list[Ids], Field(max_length=MOST_PROMPTS, fail_fast=True)]
+)
 
 
 class Completion(Sampled):
     """Body of `/v1/completions`."""
 
-    prompt: (
-        Prompt
-        | Ids
-        | Annotated[list[Prompt], Field(max_length=MOST_PROMPTS)]
-        | Annotated[list[Ids], Field(max_length=MOST_PROMPTS)]
-    )
-    max_tokens: int | None = Field(None, ge=0)
+    prompt: Text | Ids | Prompts
+    max_tokens: int | None = Field(None, ge=0, lt=2**31)
     logprobs: int | None = Field(None, ge=0, le=MOST_RANKED)
     echo: bool | None = None
     best_of: int | None = Field(None, ge=1, le=MOST_CHOICES)
-    suffix: str | None = None
+    suffix: Text | None = None
 
     @pydantic.model_validator(mode="after")
     def _possible(self) -> "Completion":
         if self.suffix:
-            raise ValueError("suffix: text cannot be filled in; leave suffix out")
+            raise BadRequest("suffix: text cannot be filled in; leave suffix out", "suffix")
         if self.best_of is not None and self.best_of != (self.n or 1):
-            raise ValueError("best_of: must equal n, as no answers are ranked; leave it out")
+            raise BadRequest(
+                "best_of: must equal n, as no answers are ranked; leave it out", "best_of"
+            )
         return self
 
 
@@ -157,15 +184,15 @@ class Part(Asked):
     """A part of a message's content; only text can be read."""
 
     type: Literal["text"]
-    text: str
+    text: Text
 
 
 class Function(Asked):
     """A function that a tool names, or that was called."""
 
     name: Annotated[str, Field(pattern=r"^[a-zA-Z0-9_.\-]{1,64}$")]
-    description: str | None = None
-    parameters: dict[str, Any] | None = None
+    description: Text | None = None
+    parameters: Plain | None = None
     strict: bool | None = None
 
 
@@ -180,7 +207,7 @@ class Called(Asked):
     """A function with the arguments that it was called with, as JSON text."""
 
     name: Annotated[str, Field(max_length=64)]
-    arguments: str
+    arguments: Text
 
 
 class ToolCall(Asked):
@@ -195,16 +222,18 @@ class Message(Asked):
     """A message of a conversation."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | Annotated[list[Part], Field(max_length=256)] | None = None
+    content: Text | Annotated[list[Part], Field(max_length=256, fail_fast=True)] | None = None
     name: Word | None = None
-    tool_calls: Annotated[list[ToolCall], Field(max_length=MOST_TOOLS)] | None = None
+    tool_calls: Annotated[list[ToolCall], Field(max_length=MOST_TOOLS, fail_fast=True)] | None = (
+        None
+    )
     tool_call_id: Word | None = None
-    reasoning_content: str | None = None
+    reasoning_content: Text | None = None
 
     @pydantic.model_validator(mode="after")
     def _something(self) -> "Message":
         if self.content is None and not (self.role == "assistant" and self.tool_calls):
-            raise ValueError("content: is missing")
+            raise BadRequest("content: is missing", "content")
         return self
 
     @property
@@ -214,12 +243,15 @@ class Message(Asked):
         return "".join(p.text for p in parts) if isinstance(parts, list) else parts or ""
 
 
+Messages = Annotated[list[Message], Field(min_length=1, max_length=MOST_MESSAGES, fail_fast=True)]
+
+
 class JsonSchema(Asked):
     """A schema that an answer follows."""
 
     name: Word | None = None
-    description: str | None = None
-    schema_: dict[str, Any] = Field(default_factory=dict, alias="schema")
+    description: Text | None = None
+    schema_: Plain = Field(default_factory=dict, alias="schema")
     strict: bool | None = None
 
 
@@ -234,7 +266,7 @@ class ResponseFormat(Asked):
     def _whole(self) -> "ResponseFormat":
         for kind in ("json_schema", "regex"):
             if self.type == kind and getattr(self, kind) is None:
-                raise ValueError(f"{kind}: is missing")
+                raise BadRequest(f"{kind}: is missing", kind)
         return self
 
 
@@ -254,19 +286,20 @@ class NamedTool(Asked):
 class Chat(Sampled):
     """Body of `/v1/chat/completions`."""
 
-    messages: Annotated[list[Message], Field(min_length=1, max_length=MOST_MESSAGES)]
-    max_tokens: int | None = Field(None, ge=1)
-    max_completion_tokens: int | None = Field(None, ge=1)
+    messages: Messages
+    max_tokens: int | None = Field(None, ge=1, lt=2**31)
+    max_completion_tokens: int | None = Field(None, ge=1, lt=2**31)
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=MOST_RANKED)
-    tools: Annotated[list[Tool], Field(max_length=MOST_TOOLS)] | None = None
+    tools: Annotated[list[Tool], Field(max_length=MOST_TOOLS, fail_fast=True)] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
     parallel_tool_calls: bool | None = None
     response_format: ResponseFormat | None = None
     chat_template_kwargs: (
         Annotated[
             dict[Annotated[str, Field(max_length=64)], bool | int | float | Word],
-            Field(max_length=16),
+            few(MOST_KWARGS),
+            Field(max_length=MOST_KWARGS),
         ]
         | None
     ) = None
@@ -274,13 +307,15 @@ class Chat(Sampled):
     @pydantic.model_validator(mode="after")
     def _possible(self) -> "Chat":
         if self.top_logprobs and not self.logprobs:
-            raise ValueError("top_logprobs: needs logprobs = true")
+            raise BadRequest("top_logprobs: needs logprobs = true", "top_logprobs")
         chosen = self.tool_choice
         if chosen not in (None, "none", "auto") and not self.tools:
-            raise ValueError("tool_choice: needs tools")
+            raise BadRequest("tool_choice: needs tools", "tool_choice")
         names = [tool.function.name for tool in self.tools or ()]
         if isinstance(chosen, NamedTool) and chosen.function.name not in names:
-            raise ValueError(f"tool_choice: {chosen.function.name} is not among the tools")
+            raise BadRequest(
+                f"tool_choice: {chosen.function.name} is not among the tools", "tool_choice"
+            )
         return self
 
 
@@ -288,14 +323,9 @@ class Embeddings(Asked):
     """Body of `/v1/embeddings`."""
 
     model: Word
-    input: (
-        Prompt
-        | Ids
-        | Annotated[list[Prompt], Field(min_length=1, max_length=MOST_PROMPTS)]
-        | Annotated[list[Ids], Field(min_length=1, max_length=MOST_PROMPTS)]
-    )
+    input: Text | Ids | Prompts
     encoding_format: Literal["float", "base64"] | None = None
-    dimensions: int | None = Field(None, ge=1)
+    dimensions: int | None = Field(None, ge=1, lt=2**31)
     pooling: Literal["mean", "last"] | None = Field(None, description="mean by default")
     priority: int | None = Field(None, ge=-100, le=100)
     user: Word | None = None
@@ -305,14 +335,14 @@ class Tokenize(Asked):
     """Body of `/tokenize`: a prompt, or messages."""
 
     model: Word | None = None
-    prompt: Prompt | None = None
-    messages: Annotated[list[Message], Field(min_length=1, max_length=MOST_MESSAGES)] | None = None
+    prompt: Text | None = None
+    messages: Messages | None = None
     add_generation_prompt: bool = True
 
     @pydantic.model_validator(mode="after")
     def _one(self) -> "Tokenize":
         if (self.prompt is None) == (self.messages is None):
-            raise ValueError("prompt: give either prompt or messages")
+            raise BadRequest("prompt: give either prompt or messages", "prompt")
         return self
 
 
@@ -321,3 +351,37 @@ class Detokenize(Asked):
 
     model: Word | None = None
     tokens: Ids
+
+
+def refusal(errors: Sequence[Mapping[str, Any]], body: Any) -> BadRequest:
+    """What pydantic found wrong with a body, in one sentence about one of its fields: of a union
+    that of the type which it comes nearest to."""
+    if errors[0]["type"] == "json_invalid":
+        where, what = errors[0]["loc"][-1], errors[0]["ctx"]["error"]
+        return BadRequest(f"the body is no JSON: {what} at character {where}")
+    if not isinstance(body, dict):
+        told = "missing" if body is None else "no JSON object with content-type application/json"
+        return BadRequest(f"the body is {told}")
+    errors = [error for error in errors if error["type"] == "too_long"] or errors  # the rest fits
+    places = [_place(error, body) for error in errors]
+    place = max(places, key=lambda at: (len(at), [part for part in at if isinstance(part, int)]))
+    said = [error["msg"] for error, at in zip(errors, places, strict=True) if at == place]
+    last, param = str(place[-1] if place else ""), ".".join(str(part)[:64] for part in place)
+    said = [one.removeprefix("Value error, ").removeprefix(f"{last}: ") for one in said]
+    message = " or ".join(dict.fromkeys(said))[:500]
+    return BadRequest(f"{param}: {message}" if param else message, param or None)
+
+
+def _place(error: Mapping[str, Any], body: Any) -> list[str | int]:
+    """The names that lead to what is wrong. Pydantic lists types of unions among them."""
+    place, here = [], body
+    for part in error["loc"][1:]:
+        known = isinstance(here, dict) and part in here
+        known |= isinstance(here, list) and isinstance(part, int) and part < len(here)
+        if known:
+            here = here[part]
+            place.append(part)
+    if error["type"] == "missing":
+        place.append(error["loc"][-1])
+    wrong = error.get("ctx", {}).get("error")
+    return [*place, wrong.param] if isinstance(wrong, BadRequest) and wrong.param else place

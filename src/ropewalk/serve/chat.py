@@ -2,7 +2,9 @@
 formats that it must keep to."""
 
 import dataclasses
+import functools
 import json
+import re
 import secrets
 import time
 from collections.abc import AsyncIterator
@@ -19,12 +21,15 @@ from ropewalk.serve.completions import streaming, unknown, warned
 from ropewalk.serve.generation import Answer, Generation, Host, Step, attended
 from ropewalk.serve.text import Writer, chat_logprobs, spelled
 from ropewalk.text import chat as templates
+from ropewalk.text.interface import Tokenizer, checked
 
 # What a template gets from us, which no request may give.
 _RESERVED = {
     "messages", "tools", "add_generation_prompt", "bos_token", "eos_token", "pad_token",
-    "chat_template", "documents",
+    "chat_template", "documents", "tokenizer",
 }  # fmt: skip
+# Goes before what a request spells like a special token; no text has it, says Unicode.
+_MARK = "\ufdd0"
 
 
 @dataclasses.dataclass
@@ -76,7 +81,7 @@ async def prepared(host: Host, asked: Chat) -> Conversation:
             f"chat_template_kwargs has {', '.join(sorted(taken))}, which the server gives itself",
             "chat_template_kwargs",
         )
-    template, tokenizer = host.tokenizer.chat_template, host.tokenizer
+    template = host.tokenizer.chat_template
     listed = [tool.model_dump(exclude_none=True) for tool in asked.tools or ()]
     how = asked.tool_choice
     named = how.model_dump() if isinstance(how, NamedTool) else how
@@ -94,14 +99,54 @@ async def prepared(host: Host, asked: Chat) -> Conversation:
     if choice.functions:
         extra["tools"] = listed
     messages = [message(one) for one in asked.messages]
-    try:
-        text = await run_in_threadpool(templates.render, tokenizer, messages, True, **extra)
-        ids = await run_in_threadpool(templates.encode, tokenizer, messages, True, **extra)
-    except UserError as error:
-        raise BadRequest(f"messages: {error}", "messages") from None
+    text, ids = await read(host, messages, True, extra)
+    ids = host.checked(ids, "messages")
     inside = reasoning.detect(template, text)
     matcher = await _matcher(host, asked.response_format, form, choice, inside)
-    return Conversation(host.checked(ids, "messages"), inside, form, choice, matcher)
+    return Conversation(ids, inside, form, choice, matcher)
+
+
+async def read(
+    host: Host, messages: list[Any], begun: bool, extra: dict[str, Any], bounded: bool = True
+) -> tuple[str, list[int]]:
+    """A conversation as text and as ids; `bounded`: refused unread where there are too many.
+    Raises BadRequest."""
+    render = functools.partial(templates.render, host.tokenizer, messages, begun, **extra)
+    try:
+        text = checked(await run_in_threadpool(render))
+        if bounded:
+            host.fits(text, "messages")
+        return text, await run_in_threadpool(_ids, host.tokenizer, text, messages, begun, extra)
+    except BadRequest:
+        raise
+    except UserError as error:
+        raise BadRequest(f"messages: {error}", "messages") from None
+    except RecursionError:
+        raise BadRequest("messages: are nested too deeply", "messages") from None
+
+
+def _ids(
+    tokenizer: Tokenizer, text: str, messages: list[Any], begun: bool, extra: dict[str, Any]
+) -> list[int]:
+    """Special tokens are those that the template writes; what a request spells like one stays
+    text, so that nobody forges a turn."""
+    ids = {spelling: i for i, spelling in tokenizer.vocabulary.specials.items()}
+    asked = json.dumps([messages, extra], ensure_ascii=False).replace(_MARK, "")
+    if not any(spelling in asked for spelling in ids):
+        return tokenizer.encode(text, allow_special=True)
+    spellings = "|".join(map(re.escape, sorted(ids, key=len, reverse=True)))
+    special = re.compile(f"{_MARK}?(?:{spellings})")
+    messages, extra = json.loads(special.sub(lambda found: _MARK + found[0], asked))
+    text, read, plain, at = templates.render(tokenizer, messages, begun, **extra), [], "", 0
+    for found in special.finditer(text):
+        plain += text[at : found.start()]
+        at = found.end()
+        if found[0] in ids:
+            read += [*tokenizer.encode(plain.replace(_MARK, "")), ids[found[0]]]
+            plain = ""
+        else:
+            plain += found[0]
+    return read + tokenizer.encode((plain + text[at:]).replace(_MARK, ""))
 
 
 def message(one: Message) -> dict[str, Any]:

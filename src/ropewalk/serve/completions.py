@@ -137,7 +137,12 @@ async def _prompts(host: Host, prompt: Any) -> list[tuple[int, ...]]:
         raise BadRequest("prompt has no tokens; give at least one", "prompt")
     many = [prompt] if isinstance(prompt, str) or isinstance(prompt[0], int) else prompt
     encoded = await asyncio.gather(
-        *(host.encode(one, "prompt") if isinstance(one, str) else _itself(one) for one in many)
+        *(
+            host.encode(host.fits(one, "prompt"), "prompt")
+            if isinstance(one, str)
+            else _itself(one)
+            for one in many
+        )
     )
     return [host.checked(ids, "prompt") for ids in encoded]
 
@@ -166,7 +171,8 @@ def streaming(chunks: AsyncIterator[dict[str, Any]], headers: dict[str, str]) ->
 
 def warned(notes: list[str]) -> dict[str, str]:
     """Headers that tell what was not done as it was asked."""
-    clean = [note.encode("ascii", "replace").decode().replace('"', "'") for note in notes]
+    marks = str.maketrans({'"': "'", "\\": "/"})
+    clean = [note.encode("ascii", "replace").decode().translate(marks) for note in notes]
     return {"warning": ", ".join(f'299 ropewalk "{note}"' for note in clean)} if notes else {}
 
 

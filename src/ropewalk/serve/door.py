@@ -10,6 +10,8 @@ import time
 from collections.abc import Awaitable, Callable, MutableMapping, Sequence
 from typing import Any
 
+from starlette.exceptions import HTTPException
+
 log = logging.getLogger("ropewalk")
 
 MOST_BYTES = 4 * 2**20
@@ -23,8 +25,11 @@ Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 
 
-class TooLarge(Exception):
-    """A body over MOST_BYTES."""
+class TooLarge(HTTPException):
+    """A body over MOST_BYTES. What reads it lets this pass, as it does not other exceptions."""
+
+    def __init__(self) -> None:
+        super().__init__(413, f"the body is larger than {MOST_BYTES} bytes")
 
 
 def error(
@@ -32,7 +37,13 @@ def error(
 ) -> dict[str, Any]:
     """An error's body as OpenAI's clients read it."""
     kind = _KINDS.get(status) or ("server_error" if status >= 500 else "invalid_request_error")
-    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+    told = {"message": _text(message), "type": kind, "param": param and _text(param), "code": code}
+    return {"error": told}
+
+
+def _text(text: str) -> str:
+    """One that UTF-8 can write, and not without end."""
+    return text[:2000].encode("utf-8", "replace").decode()
 
 
 class Door:
@@ -70,9 +81,9 @@ class Door:
 
         try:
             await self._pass(scope, receive, sent)
-        except TooLarge:
+        except TooLarge as wrong:
             if not told["status"]:
-                await _answer(sent, 413, f"the body is larger than {MOST_BYTES} bytes")
+                await _answer(sent, wrong.status_code, wrong.detail)
         except Exception:
             log.exception("request %s failed", request_id)
             if not told["status"]:

@@ -40,6 +40,12 @@ class Host:
     created: int
     """seconds since 1970"""
 
+    def __post_init__(self) -> None:
+        # Errors name the tokenizer, which till now is called by its path.
+        self.tokenizer.name = self.name
+        words = self.tokenizer.vocabulary
+        self._widest = max(map(len, (*words.pieces, *words.specials.values())))
+
     @property
     def length(self) -> int:
         """Most tokens of a prompt and its answer."""
@@ -54,11 +60,24 @@ class Host:
         """Raises BadRequest for another model than the one that is served."""
         if name not in (None, self.name):
             raise BadRequest(
-                f"model {name!r} is not served here; this server has {self.name!r}: name it, or "
-                "start another server for the other one",
+                f"model {name!r:.80} is not served here; this server has {self.name!r}: name it, "
+                "or start another server for the other one",
                 "model",
                 "model_not_found",
             )
+
+    def fits(self, text: str, param: str) -> str:
+        """The text. Raises BadRequest where it is too long whatever its tokens are, as it would
+        take seconds to tell which they are."""
+        most = self.length * self._widest
+        if len(text) > most:
+            raise BadRequest(
+                f"{param} has {len(text)} characters; the server takes {self.length} tokens of "
+                f"{self._widest} at most: shorten it",
+                param,
+                "context_length_exceeded",
+            )
+        return text
 
     def checked(self, ids: Sequence[int], param: str) -> tuple[int, ...]:
         """A prompt's ids. Raises BadRequest where there are none, too many, or unknown ones."""

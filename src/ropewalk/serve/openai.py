@@ -15,7 +15,6 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, Response
 from starlette.exceptions import HTTPException
 
-from ropewalk.core.errors import UserError
 from ropewalk.serve.asked import (
     BadRequest,
     Chat,
@@ -23,8 +22,9 @@ from ropewalk.serve.asked import (
     Detokenize,
     Embeddings,
     Tokenize,
+    refusal,
 )
-from ropewalk.serve.chat import chat_completions, message
+from ropewalk.serve.chat import chat_completions, message, read
 from ropewalk.serve.completions import completions, unknown, warned
 from ropewalk.serve.door import Door, error
 from ropewalk.serve.generation import Failed, Gone, Host, attended
@@ -32,7 +32,6 @@ from ropewalk.serve.responses import Responses, responses
 from ropewalk.serve.scheduler import QueueFull
 from ropewalk.serve.service import Ended, Job, Pooled
 from ropewalk.serve.slots import Settings
-from ropewalk.text import chat as templates
 
 PAGE = Path(__file__).with_name("page.html")
 Handler = Callable[[Request, Any], Awaitable[Response]]
@@ -49,6 +48,7 @@ class Server:
             lifespan=self._lifespan,
             docs_url=None,
             redoc_url=None,
+            redirect_slashes=False,  # by a Location made of the client's own Host
         )
         _errors(app)
         _routes(app, host, self)
@@ -104,12 +104,13 @@ def _errors(app: FastAPI) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, wrong: RequestValidationError) -> Response:
-        first = wrong.errors()[0]
-        place = [str(part)[:64] for part in first["loc"] if part != "body"]
-        param = ".".join(place) or None
-        about = first["msg"].removeprefix("Value error, ")
-        message = f"{param}: {about}" if param else about
-        return told(400, message.encode("utf-8", "replace").decode(), param)
+        refused = refusal(wrong.errors(), wrong.body)
+        return told(400, str(refused), refused.param)
+
+    # Starlette raises it once more, for the door to log.
+    @app.exception_handler(Exception)
+    async def unforeseen(request: Request, wrong: Exception) -> Response:
+        return told(500, "the server failed; the request may be sent again")
 
 
 def _routes(app: FastAPI, host: Host, server: Server) -> None:
@@ -170,11 +171,7 @@ def _routes(app: FastAPI, host: Host, server: Server) -> None:
             ids = await host.encode(asked.prompt, "prompt")
         else:
             messages = [message(one) for one in asked.messages or ()]
-            more = host.tokenizer, messages, asked.add_generation_prompt
-            try:
-                ids = await run_in_threadpool(templates.encode, *more)
-            except UserError as wrong:
-                raise BadRequest(f"messages: {wrong}", "messages") from None
+            _, ids = await read(host, messages, asked.add_generation_prompt, {}, bounded=False)
         return {"count": len(ids), "max_model_len": host.length, "tokens": ids}
 
     @app.post("/detokenize")
@@ -201,7 +198,10 @@ async def _embeddings(host: Host, asked: Embeddings, request: Request) -> Respon
     if not given and not isinstance(given, str):
         raise BadRequest("input has no tokens; give at least one", "input")
     many: list[Any] = [given] if isinstance(given, str) or isinstance(given[0], int) else [*given]
-    ids = [await host.encode(one, "input") if isinstance(one, str) else one for one in many]
+    ids = [
+        await host.encode(host.fits(one, "input"), "input") if isinstance(one, str) else one
+        for one in many
+    ]
     prompts = [host.checked(one, "input") for one in ids]
     events: asyncio.Queue[Any] = asyncio.Queue()
     pooling = asked.pooling or "mean"

@@ -1,16 +1,15 @@
 """`/v1/responses`: what chat completions answer, as typed items and events. Nothing is stored, so
 a conversation comes whole with each request."""
 
-import json
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+from collections.abc import AsyncIterator, Iterable, Iterator
 from typing import Annotated, Any, Literal
 
 import pydantic
 from fastapi import Request
 from fastapi.responses import JSONResponse, Response
-from pydantic import BeforeValidator, Field
+from pydantic import Field
 
 from ropewalk.serve import reasoning
 from ropewalk.serve.asked import (
@@ -19,8 +18,12 @@ from ropewalk.serve.asked import (
     Asked,
     BadRequest,
     Chat,
+    Plain,
     Sampled,
+    Text,
     Word,
+    few,
+    refusal,
 )
 from ropewalk.serve.chat import Conversation, begin, prepared
 from ropewalk.serve.completions import streaming, unknown, warned
@@ -57,21 +60,11 @@ class Piece(Asked):
     """A piece of a text; nothing but text can be read."""
 
     type: Literal["input_text", "output_text", "reasoning_text"]
-    text: str
+    text: Text
 
 
-def _short(long: Callable[[str], Any], kind: Any) -> BeforeValidator:
-    """A string becomes the long form it stands for before anything is checked, so that errors
-    name the place and no type of a union."""
-    return BeforeValidator(
-        lambda value: long(value) if isinstance(value, str) else value,
-        json_schema_input_type=str | kind,
-    )
-
-
-_TEXT = _short(lambda text: [{"type": "input_text", "text": text}], list[Piece])
-Text = Annotated[list[Piece], _TEXT, Field(max_length=256)]
 Name = Annotated[str, Field(max_length=64)]
+Pieces = Text | Annotated[list[Piece], Field(max_length=256, fail_fast=True)]
 
 
 class Item(Asked):
@@ -79,18 +72,24 @@ class Item(Asked):
 
     type: Literal["message", "function_call", "function_call_output", "reasoning"] = "message"
     role: Literal["user", "assistant", "system", "developer"] | None = None
-    content: Text | None = None
+    content: Pieces | None = None
     call_id: Word | None = None
     name: Name | None = None
-    arguments: str | None = None
-    output: Text | None = None
+    arguments: Text | None = None
+    output: Pieces | None = None
 
     @pydantic.model_validator(mode="after")
     def _whole(self) -> "Item":
         for name in _NEEDED[self.type]:
             if getattr(self, name) is None:
-                raise ValueError(f"{name}: is missing")
+                raise BadRequest(f"{name}: is missing", name)
         return self
+
+    @property
+    def text(self) -> str:
+        """What it says, its pieces one after the other."""
+        told = self.content or self.output or ""
+        return told if isinstance(told, str) else "".join(piece.text for piece in told)
 
 
 class FunctionTool(Asked):
@@ -98,16 +97,16 @@ class FunctionTool(Asked):
 
     type: Literal["function"]
     name: Name
-    description: str | None = None
-    parameters: dict[str, Any] | None = None
+    description: Text | None = None
+    parameters: Plain | None = None
     strict: bool | None = None
 
 
 class ToolChoice(Asked):
-    """Whether tools are called, or which."""
+    """The function that is to be called."""
 
-    type: Literal["none", "auto", "required", "function"]
-    name: Name | None = None
+    type: Literal["function"]
+    name: Name
 
 
 class Format(Asked):
@@ -115,14 +114,15 @@ class Format(Asked):
 
     type: Literal["text", "json_object", "json_schema"] = "text"
     name: Word | None = None
-    description: str | None = None
-    schema_: dict[str, Any] | None = Field(None, alias="schema")
+    description: Text | None = None
+    schema_: Plain | None = Field(None, alias="schema")
     strict: bool | None = None
 
     @pydantic.model_validator(mode="after")
     def _whole(self) -> "Format":
-        if self.type == "json_schema" and (self.name is None or self.schema_ is None):
-            raise ValueError("json_schema: needs a name and a schema")
+        for name, given in {"name": self.name, "schema": self.schema_}.items():
+            if self.type == "json_schema" and given is None:
+                raise BadRequest(f"{name}: is missing", name)
         return self
 
 
@@ -132,36 +132,26 @@ class TextConfig(Asked):
     format: Format | None = None
 
 
-_INPUT = _short(lambda text: [{"role": "user", "content": text}], list[Item])
-_CHOICE = _short(lambda kind: {"type": kind}, ToolChoice)
-
-
 class Responses(Sampled):
     """Body of `/v1/responses`."""
 
-    input: Annotated[list[Item], _INPUT, Field(min_length=1, max_length=MOST_MESSAGES)]
-    instructions: str | None = None
-    max_output_tokens: int | None = Field(None, ge=1)
-    tools: Annotated[list[FunctionTool], Field(max_length=MOST_TOOLS)] | None = None
-    tool_choice: Annotated[ToolChoice, _CHOICE] | None = None
+    input: (
+        Text | Annotated[list[Item], Field(min_length=1, max_length=MOST_MESSAGES, fail_fast=True)]
+    )
+    instructions: Text | None = None
+    max_output_tokens: int | None = Field(None, ge=1, lt=2**31)
+    tools: Annotated[list[FunctionTool], Field(max_length=MOST_TOOLS, fail_fast=True)] | None = None
+    tool_choice: Literal["none", "auto", "required"] | ToolChoice | None = None
     parallel_tool_calls: bool | None = None
     text: TextConfig | None = None
-    include: Annotated[list[Word], Field(max_length=16)] | None = None
+    include: Annotated[list[Word], Field(max_length=16, fail_fast=True)] | None = None
     top_logprobs: int | None = Field(None, ge=0, le=MOST_RANKED)
     metadata: (
-        Annotated[dict[Name, Annotated[str, Field(max_length=512)]], Field(max_length=16)] | None
+        Annotated[dict[Name, Annotated[str, Field(max_length=512)]], few(16), Field(max_length=16)]
+        | None
     ) = None
     truncation: Literal["disabled"] | None = None
     chat_template_kwargs: dict[str, Any] | None = None
-
-    @pydantic.field_validator("tools", "text", mode="before")
-    @classmethod
-    def _tellable(cls, value: Any) -> Any:
-        try:
-            json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"cannot be told again: {error}") from None
-        return value
 
     @property
     def format(self) -> Format:
@@ -186,7 +176,7 @@ async def responses(host: Host, asked: Responses, request: Request) -> Response:
         chat = _chat(asked)
         conversation = await prepared(host, chat)
     except BadRequest as wrong:
-        old = wrong.param or ""
+        old = (wrong.param or "").partition(".")[0]
         new = _NAMES.get(old, old)
         raise BadRequest(str(wrong).replace(old, new, 1), new, wrong.code) from None
     room, note = host.room(conversation.prompt, asked.max_output_tokens)
@@ -200,16 +190,14 @@ async def responses(host: Host, asked: Responses, request: Request) -> Response:
 def _chat(asked: Responses) -> Chat:
     """The chat completion that answers this. Raises BadRequest, by the names of its fields."""
     choice, form = asked.tool_choice, asked.format
-    how: Any = choice and choice.type
-    if choice and choice.type == "function":
-        how = {"type": "function", "function": {"name": choice.name or ""}}
+    named = isinstance(choice, ToolChoice) and {"name": choice.name}
     asks = {
         **asked.model_dump(include=set(Sampled.model_fields)),
         "messages": _messages(asked),
         "logprobs": asked.logprobs,
         "top_logprobs": asked.top_logprobs if asked.logprobs else None,
         "tools": [{"type": "function", "function": tool} for tool in _tools(asked)],
-        "tool_choice": how,
+        "tool_choice": {"type": "function", "function": named} if named else choice,
         "parallel_tool_calls": asked.parallel_tool_calls,
         "response_format": {"type": form.type, "json_schema": {"schema": form.schema_ or {}}},
         "chat_template_kwargs": asked.chat_template_kwargs,
@@ -217,10 +205,8 @@ def _chat(asked: Responses) -> Chat:
     try:
         return Chat.model_validate(asks)
     except pydantic.ValidationError as wrong:
-        first = wrong.errors()[0]
-        about = first["msg"].removeprefix("Value error, ")
-        about = ": ".join([*map(str, first["loc"][:1]), about])
-        raise BadRequest(about, about.partition(":")[0]) from None
+        errors = [{**error, "loc": ("body", *error["loc"])} for error in wrong.errors()]
+        raise refusal(errors, asks) from None
 
 
 def _tools(asked: Responses) -> list[dict[str, Any]]:
@@ -233,16 +219,16 @@ def _messages(asked: Responses) -> list[dict[str, Any]]:
     told: list[dict[str, Any]] = []
     if asked.instructions:
         told.append({"role": "system", "content": asked.instructions})
-    thought = ""
-    for item in asked.input:
-        text = "".join(piece.text for piece in item.content or item.output or ())
+    given, thought = asked.input, ""
+    items = [Item(role="user", content=given)] if isinstance(given, str) else given
+    for item in items:
         if item.type == "reasoning":
-            thought = text
+            thought += item.text
             continue
         if item.type == "message":
-            told.append({"role": item.role, "content": text})
+            told.append({"role": item.role, "content": item.text})
         elif item.type == "function_call_output":
-            told.append({"role": "tool", "tool_call_id": item.call_id, "content": text})
+            told.append({"role": "tool", "tool_call_id": item.call_id, "content": item.text})
         else:
             if not told or told[-1]["role"] != "assistant" or thought:
                 told.append({"role": "assistant"})
@@ -298,8 +284,8 @@ class _Items:
         self._texts, self._logprobs = [], []
         item, index = self._item("in_progress"), len(self.done)
         parts = item.get("content", [])
-        told = {**item, "content": []} if parts else item
-        yield {"type": "response.output_item.added", "output_index": index, "item": told}
+        empty = {**item, "content": []} if parts else item
+        yield {"type": "response.output_item.added", "output_index": index, "item": empty}
         for part in parts:
             yield self._event("content_part.added", part=part)
 
@@ -373,10 +359,9 @@ class _Whole:
         except Failed as failed:
             error = {"code": "server_error", "message": str(failed)}
             status, more = "failed", {"error": error}
-        if status == "completed" and not self.answered:
-            for event in self.items.add(Content(""), []):
-                yield event
-        for event in self.items.close("completed" if status == "completed" else "incomplete"):
+        empty = self.items.add(Content(""), [])  # where there is neither text nor call
+        last = self.items.close("completed" if status == "completed" else "incomplete")
+        for event in (*(empty if status == "completed" and not self.answered else ()), *last):
             yield event
         response = self._response(status, usage=self._usage(), **more)
         yield {"type": f"response.{status}", "response": response}
@@ -416,9 +401,7 @@ class _Whole:
 
     def _response(self, status: str, **more: Any) -> dict[str, Any]:
         asked, choice, form = self.asked, self.asked.tool_choice, self.asked.format
-        how: Any = choice.type if choice else "auto"
-        if choice and choice.type == "function":
-            how = {"type": "function", "name": choice.name}
+        named = isinstance(choice, ToolChoice) and {"type": "function", "name": choice.name}
         shown = set(Format.model_fields) if form.type == "json_schema" else {"type"}
         return {
             "id": self.id, "object": "response", "created_at": self.created, "status": status,
@@ -429,7 +412,8 @@ class _Whole:
             "parallel_tool_calls": asked.parallel_tool_calls is not False,
             "previous_response_id": None, "store": False,
             "temperature": 1.0 if asked.temperature is None else asked.temperature,
-            "text": {"format": form.model_dump(include=shown, by_alias=True)}, "tool_choice": how,
+            "text": {"format": form.model_dump(include=shown, by_alias=True)},
+            "tool_choice": named or choice or "auto",
             "tools": [{"type": "function", **tool} for tool in _tools(asked)],
             "top_logprobs": asked.top_logprobs or 0,
             "top_p": 1.0 if asked.top_p is None else asked.top_p,

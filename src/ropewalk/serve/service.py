@@ -283,6 +283,8 @@ class Service:
     def _read(self, job: Job, chunk: Chunk, number: int, read: slice, prefix: Any) -> None:
         """What a chunk's tokens are scored, and what they add to an embedding."""
         hidden, sums, scores = prefix
+        if chunk.start == 0:  # for the first time, or once more after it lost its pages
+            job.scores, job.sum = [], 0.0
         if job.pooled:
             job.sum = job.sum + sums[number]
             if chunk.last and chunk.sequence.status is not Status.FINISHED:
@@ -297,7 +299,7 @@ class Service:
                 ranked = tuple(zip(which[i].tolist(), told[i].tolist(), strict=True))
                 job.scores.append(Token(token, float(logprobs[i]), ranked))
             if chunk.last:
-                first = Token(job.prompt[0], 0.0)
+                first, job.scored = Token(job.prompt[0], 0.0), False
                 self._emit(job, Read([first, *job.scores]))
 
     def _commit(self, sequence: Served, tokens: list[Token], now: float) -> None:

@@ -154,9 +154,8 @@ class _Watched(visitor.NodeTransformer):
 
     def visit_Getitem(self, node: nodes.Getitem) -> nodes.Node:
         """A slice is a copy."""
-        return (
-            self.visit_List(node) if isinstance(node.arg, nodes.Slice) else self.generic_visit(node)
-        )
+        sliced = isinstance(node.arg, nodes.Slice)
+        return self.visit_List(node) if sliced else self.generic_visit(node)
 
     def visit_Tuple(self, node: nodes.Tuple) -> nodes.Node:
         """As `visit_List`, where it is no target of an assignment."""
@@ -170,7 +169,7 @@ class _Watched(visitor.NodeTransformer):
     visit_Dict = visit_List
 
 
-def _through(name: str, node: nodes.Expr, *arguments: nodes.Expr) -> nodes.Filter:
+def _through(name: str, node: nodes.Node, *arguments: nodes.Expr) -> nodes.Filter:
     return nodes.Filter(node, name, [*arguments], [], None, None, lineno=node.lineno)
 
 
@@ -240,21 +239,28 @@ class Environment(sandbox.ImmutableSandboxedEnvironment):
         """A call, measured."""
         work = _WORK.get()
         work.spend()
-        text = getattr(obj, "__self__", None)
-        if isinstance(text, str):
-            args = _measured_method(work, text, obj.__name__, args, kwargs)
+        owner = getattr(obj, "__self__", None)
+        if isinstance(owner, str):
+            args = _measured_method(work, owner, obj.__name__, args, kwargs)
         made = super().call(context, obj, *args, **kwargs)
-        if obj is dict:
+        if isinstance(made, list | tuple | dict) and not isinstance(owner, list | tuple | dict):
             work.weigh(made)
         return work.made(made)
 
-    def call_filter(self, name: str, value: Any, *rest: Any, **named: Any) -> Any:
+    def call_filter(
+        self,
+        name: str,
+        value: Any,
+        args: Sequence[Any] | None = None,
+        kwargs: Mapping[str, Any] | None = None,
+        context: Any = None,
+        eval_ctx: Any = None,
+    ) -> Any:
         """A filter, measured; `map` calls others by this too."""
-        args, kwargs = [*rest, (), {}][:2]
         work = _WORK.get()
         work.spend()
         value = _measured_filter(work, name, value, args or (), kwargs or {})
-        made = super().call_filter(name, value, *rest, **named)
+        made = super().call_filter(name, value, args, kwargs, context, eval_ctx)
         if name in _KEEPING:
             return made
         if isinstance(made, Iterator):
@@ -395,9 +401,9 @@ def _tojson(
     work = _WORK.get()
     work.weigh(value)
     wide = indent if isinstance(indent, int) else len(indent or "")
-    if max(wide, *map(len, separators or ("",))) > 64:
-        raise SecurityError("JSON with more than 64 characters between values")
+    if wide > 64 or max(map(len, separators or ("",))) > 8:
+        raise SecurityError("JSON with many characters between its values")
     encoder = json.JSONEncoder(
         ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
     )
-    return work.text(encoder.iterencode(value))
+    return work.text([encoder.encode(value)] if indent is None else encoder.iterencode(value))

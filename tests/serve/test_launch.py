@@ -1,0 +1,131 @@
+"""`ropewalk serve` as a process: it starts, drains on SIGTERM, comes back after SIGKILL."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+import pytest
+
+from tests.serve.tiny_server import tiny_model
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_model(tmp_path_factory.mktemp("model"))
+
+
+@contextmanager
+def running(directory: Path, *more: str) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
+    """The process and its address, when it is ready."""
+    command = [sys.executable, "-m", "ropewalk", "serve", str(directory), "--port", "0", *more]
+    environment = {**os.environ, "GLIBC_TUNABLES": ""}
+    with tempfile.TemporaryFile("w+") as told:
+        process = subprocess.Popen(command, stderr=told, env=environment)
+        try:
+            yield process, _address(process, told)
+        finally:
+            process.kill()
+            process.wait()
+
+
+def _address(process: subprocess.Popen[bytes], told: IO[str]) -> str:
+    while True:
+        ended = process.poll() is not None
+        told.seek(0)
+        text = told.read()
+        if found := re.search(r"served at (http://\S+)", text):
+            return found[1]
+        assert not ended, text
+        time.sleep(0.05)
+
+
+def post(address: str, body: dict[str, Any], key: str = "") -> tuple[int, bytes]:
+    headers = {"content-type": "application/json", "authorization": f"Bearer {key}"}
+    data = json.dumps({"model": "model", **body}).encode()
+    request = urllib.request.Request(f"{address}/v1/completions", data, headers)
+    try:
+        with urllib.request.urlopen(request, timeout=60) as response:
+            return response.status, response.read()
+    except urllib.error.HTTPError as error:
+        return error.code, error.read()
+
+
+LONG = {"prompt": "abc", "max_tokens": 150, "temperature": 0, "ignore_eos": True}
+
+
+def test_sigterm_lets_answers_end(directory):
+    """Those that are being written end whole, a new one is refused, and the exit code is 0."""
+    with running(directory, "--name", "model", "--slots", "4") as (process, address):
+        whole = post(address, LONG)
+        assert whole[0] == 200
+        found: list[tuple[int, bytes]] = []
+
+        def ask() -> None:
+            found.append(post(address, LONG))
+
+        threads = [threading.Thread(target=ask) for _ in range(6)]
+        for thread in threads:
+            thread.start()
+        time.sleep(0.15)
+        process.send_signal(signal.SIGTERM)
+        late = None
+        for _ in range(100):
+            try:
+                late = post(address, LONG)
+            except OSError:  # it has ended
+                break
+            if late[0] == 503:
+                break
+        for thread in threads:
+            thread.join()
+        assert process.wait(timeout=40) == 0
+    text = json.loads(whole[1])["choices"][0]["text"]
+    statuses = [status for status, _ in found]
+    assert set(statuses) <= {200, 503} and 200 in statuses
+    for status, body in found:
+        assert status == 503 or json.loads(body)["choices"][0]["text"] == text
+    assert late is None or late[0] in (503, 200)
+
+
+def test_it_comes_back_after_a_kill_and_asks_for_a_key(directory, tmp_path):
+    keys = tmp_path / "keys"
+    keys.write_text("first\nsecond\n")
+    more = "--name", "model", "--slots", "4", "--api-key-file", str(keys)
+    texts = []
+    for _ in range(2):
+        with running(directory, *more) as (process, address):
+            assert post(address, LONG)[0] == 401
+            assert post(address, LONG, "third")[0] == 401
+            status, body = post(address, LONG, "second")
+            assert status == 200
+            texts.append(json.loads(body)["choices"][0]["text"])
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+    assert texts[0] == texts[1]
+
+
+@pytest.mark.parametrize(
+    ("more", "says"),
+    [
+        (("--api-key-file", "/nowhere"), "/nowhere"),
+        (("--max-length", "5000"), "5000 tokens are asked for; the model has 1024"),
+        (("--host", "192.0.2.1"), "cannot be listened on"),
+    ],
+)
+def test_what_cannot_be_served_is_told_at_once(directory, more, says):
+    command = [sys.executable, "-m", "ropewalk", "serve", str(directory), "--port", "0", *more]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert ended.returncode == 2
+    assert says in ended.stderr and "Traceback" not in ended.stderr
