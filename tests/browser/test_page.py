@@ -363,6 +363,8 @@ def test_it_can_be_read_in_every_light_and_width(page, tmp_path: Path, scheme):
         assert page.run("return document.documentElement.scrollWidth") == width
         contrast += page.run(CONTRAST)
         page.picture(tmp_path / f"{scheme}-{width}.png")
+        page.run("document.querySelector('#scroll').scrollTop = 0")
+        page.picture(tmp_path / f"{scheme}-{width}-top.png")
         page.click("#open")
         contrast += page.run(CONTRAST)
         page.picture(tmp_path / f"{scheme}-{width}-settings.png")

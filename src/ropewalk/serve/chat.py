@@ -172,8 +172,8 @@ async def _matcher(
     choice: tool_choice.Choice,
     inside: bool | None,
 ) -> grammar.Matcher | None:
+    special = {text: i for i, text in host.tokenizer.vocabulary.specials.items()}
     if form is not None and choice.forced:
-        special = {text: i for i, text in host.tokenizer.vocabulary.specials.items()}
         text = tool_choice.grammar(form, choice, inside, special)
         return await host.matcher(grammar.Lark(text), "tools")
     if wanted is None or wanted.type == "text":
@@ -184,7 +184,9 @@ async def _matcher(
         spec = grammar.Regex(wanted.regex)
     else:
         spec = grammar.Schema({"type": "object"})
-    return await host.matcher(spec, "response_format")
+    # Where the prompt has opened the thinking, the format begins behind it.
+    thinking = reasoning.thinking(True, special) if inside else ""
+    return await host.matcher(spec, "response_format", thinking)
 
 
 class _Whole:

@@ -107,10 +107,10 @@ class Host:
         bos = self.tokenizer.bos_id
         return ids or ([] if bos is None else [bos])
 
-    async def matcher(self, spec: Any, param: str) -> Matcher:
+    async def matcher(self, spec: Any, param: str, thinking: str = "") -> Matcher:
         """What constrains one answer. Raises BadRequest where it cannot be compiled."""
         try:
-            return await run_in_threadpool(self.grammars.compile, spec)
+            return await run_in_threadpool(self.grammars.compile, spec, thinking)
         except UserError as error:
             raise BadRequest(f"{param}: {error}", param) from None
 

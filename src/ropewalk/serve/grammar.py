@@ -99,13 +99,14 @@ class Grammars:
         self._lock = threading.Lock()
         self._compiled: OrderedDict[str, tuple[llguidance.LLMatcher, int]] = OrderedDict()
 
-    def compile(self, spec: Spec) -> "Matcher":
-        """The matcher of one answer, at its beginning.
+    def compile(self, spec: Spec, thinking: str = "") -> "Matcher":
+        """The matcher of one answer, at its beginning; `thinking` is the rule of that name for what
+        goes before it.
 
         Raises GrammarError for what is wrong, unsupported, refers to another document, or goes
         beyond the limits of this module.
         """
-        source = self._source(spec)
+        source = self._source(spec, thinking)
         with self._lock:
             if known := self._compiled.get(source):
                 self._compiled.move_to_end(source)
@@ -133,11 +134,14 @@ class Grammars:
             raise GrammarError(f"cannot be compiled: {_reason(compiled)}")
         return compiled
 
-    def _source(self, spec: Spec) -> str:
+    def _source(self, spec: Spec, thinking: str) -> str:
         try:
             listed = [spec.entry()]
-            if self._leading_space:  # which decoding takes away from the beginning of an answer
-                listed = [{"lark_grammar": 'start: " "? @answer'}, {**listed[0], "name": "answer"}]
+            # Decoding takes a space away from the beginning of what is written.
+            space, thought = '" "?' if self._leading_space else "", "thinking" if thinking else ""
+            if space or thought:
+                start = f"start: {space} {thought} @answer\n{thinking}"
+                listed = [{"lark_grammar": start}, {**listed[0], "name": "answer"}]
             source = json.dumps({"grammars": listed}, allow_nan=False)
         except RecursionError:
             raise GrammarError(f"the {_name(spec)} is nested too deeply") from None

@@ -25,7 +25,7 @@ from ropewalk.serve.slots import Chosen, Settings
 
 log = logging.getLogger("ropewalk")
 
-# Restarts of the device after a failed step; more in a row end the requests of that step.
+# Failed steps that a sequence may be part of; one more ends it.
 _TRIES = 1
 
 
@@ -93,6 +93,7 @@ class Job:
         self.sum: Any = 0.0
         self.carry: Any = None
         self.began = self.first = self.last = 0.0
+        self.failures = 0
 
 
 class Service:
@@ -103,7 +104,7 @@ class Service:
         self.engine, self.metrics = engine, metrics
         self.limits = Limits(
             sizes.slots, sizes.page, sizes.pages, engine.spans, sizes.chunk, sizes.pack,
-            engine.width, queued, sizes.steps, 4 * sizes.slots if engine.recurrent else 0,
+            engine.width, queued + sizes.slots, sizes.steps, 4 * sizes.slots if engine.recurrent else 0,
         )  # fmt: skip
         self.scheduler = Scheduler(self.limits)
         self.open = 0
@@ -123,7 +124,7 @@ class Service:
 
     def submit(self, jobs: Sequence[Job]) -> None:
         """Takes jobs in, all or none. Raises QueueFull."""
-        most = self.limits.queue + self.limits.slots
+        most = self.limits.queue  # of those that wait and those that run
         if self.open + len(jobs) > most:
             raise QueueFull(
                 f"{self.open} sequences are being served or wait, and {len(jobs)} more are asked "
@@ -154,7 +155,6 @@ class Service:
 
     def _run(self) -> None:
         flight: _Flight | None = None
-        failures = 0
         while not self._stopping:
             try:
                 self._take_in(wait=flight is None and self.scheduler.idle)
@@ -166,11 +166,10 @@ class Service:
                 self._land(flight)
                 flight = sent
                 self.metrics.step(self.scheduler, plan, time.perf_counter() - started)
-                failures = 0
             except Exception:
                 log.exception("a step failed; the device's state is made anew")
-                flight, failures = None, failures + 1
-                self._recover(give_up=failures > _TRIES)
+                flight = None
+                self._recover()
             self._hand_out()
 
     def _take_in(self, wait: bool) -> None:
@@ -340,10 +339,11 @@ class Service:
             job.events.put_nowait((job.index, event))
             self.open -= isinstance(event, Ended)
 
-    def _recover(self, give_up: bool) -> None:
+    def _recover(self) -> None:
         """Begins anew on the device; what was being served is read again, or ended."""
         for job in list(self._live):
-            if give_up and job.sequence.slot is not None:
+            job.failures += job.sequence.slot is not None
+            if job.failures > _TRIES:
                 self._end(job, "error", "the engine failed; the request may be sent again")
         self.scheduler.restart()
         self._state = self.engine.init_decode_state()

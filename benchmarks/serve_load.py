@@ -1,0 +1,229 @@
+"""A server under twice the load it can take: are requests lost, doubled or altered, does memory
+grow, is anything left behind?
+
+    python benchmarks/serve_load.py [--requests 10000] [--model DIRECTORY] [--slots 8] [--queue 32]
+
+Starts `ropewalk serve`, asks every prompt once alone, then sends requests in bursts so that twice
+as many are open as there are slots and places in the queue: half of them as streams, three in ten
+given up at a random moment. Every whole answer must be the one that its prompt had alone; one that
+was given up must be a beginning of it; the rest are answered 429. Prints JSON. Without --model, a
+tiny model with random weights is served.
+"""
+
+import argparse
+import asyncio
+import json
+import random
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import httpx2 as httpx
+
+
+def main() -> None:
+    """Runs and prints."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--requests", type=int, default=10_000)
+    parser.add_argument("--model")
+    parser.add_argument("--slots", type=int, default=8)
+    parser.add_argument("--queue", type=int, default=32)
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as scratch:
+        model = options.model or _tiny(Path(scratch) / "model")
+        log = Path(scratch) / "log"
+        process, address = start(model, log, options.slots, options.queue)
+        try:
+            result = asyncio.run(Load(options, process.pid, address).run())
+        finally:
+            process.terminate()
+            result_code = process.wait(timeout=60)
+    print(json.dumps({**result, "exit_code_after_sigterm": result_code}, indent=2))
+
+
+def start(
+    model: str, log: Path, slots: int, queue: int, *more: str
+) -> tuple[subprocess.Popen[bytes], str]:
+    """A server's process and address, when it is ready."""
+    command = [sys.executable, "-m", "ropewalk", "serve", model, "--name", "model", "--port", "0"]
+    command += ["--slots", str(slots), "--queue", str(queue), *more]
+    with log.open("wb") as file:
+        process = subprocess.Popen(command, stderr=file)
+    while True:
+        ended = process.poll() is not None
+        text = log.read_text()
+        if found := re.search(r"served at (http://\S+)", text):
+            return process, found[1]
+        if ended:
+            raise SystemExit(text)
+        time.sleep(0.1)
+
+
+def _tiny(directory: Path) -> str:
+    from tests.serve.tiny_server import tiny_model
+
+    return str(tiny_model(directory))
+
+
+class Load:
+    """The requests, and what became of them."""
+
+    def __init__(self, options: argparse.Namespace, pid: int, address: str):
+        self.options, self.pid, self.address = options, pid, address
+        self.rng = random.Random(options.seed)
+        words = ["rope", "strand", "lane", "hemp", "tar", "yarn", "twist", "spin", "knot", "sail"]
+        self.prompts = [
+            " ".join(self.rng.choices(words, k=self.rng.randint(2, 30))) for _ in range(100)
+        ]
+        self.alone: list[str] = []
+        self.counts: dict[str, int] = {}
+        self.first: list[float] = []
+        self.altered: list[Any] = []
+
+    async def run(self) -> dict[str, Any]:
+        """Everything in order."""
+        limits = httpx.Limits(max_connections=None, max_keepalive_connections=200)
+        async with httpx.AsyncClient(limits=limits, timeout=300) as client:
+            for prompt in self.prompts:
+                answer = await client.post(self._url, json=self._body(prompt, False))
+                self.alone.append(answer.json()["choices"][0]["text"])
+            await self._burst(client, self.options.requests // 10)
+            before, began = self._process(), time.perf_counter()
+            self.counts.clear()
+            await self._burst(client, self.options.requests)
+            took = time.perf_counter() - began
+            await asyncio.sleep(1.0)
+            metrics = (await client.get(f"{self.address}/metrics")).text
+        after = self._process()
+        return {
+            "requests": self.options.requests,
+            "slots": self.options.slots,
+            "queue": self.options.queue,
+            "outcomes": dict(sorted(self.counts.items())),
+            "lost": self.options.requests - sum(self.counts.values()),
+            "altered": self.altered[:5],
+            "requests_per_s": round(self.options.requests / took, 1),
+            "time_to_first_token_s_median": round(statistics.median(self.first), 4),
+            "resident_mb": [before["resident_mb"], after["resident_mb"]],
+            "descriptors": [before["descriptors"], after["descriptors"]],
+            "threads": [before["threads"], after["threads"]],
+            "left": {
+                name: _value(metrics, name)
+                for name in ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc")
+            },
+            "slot_use": round(
+                _value(metrics, "engine_rows_total")
+                / max(_value(metrics, "engine_steps_total"), 1)
+                / self.options.slots,
+                3,
+            ),
+        }
+
+    async def _burst(self, client: httpx.AsyncClient, count: int) -> None:
+        """Twice as many at a time as the server takes, in bursts."""
+        most = 2 * (self.options.slots + self.options.queue)
+        gate, tasks = asyncio.Semaphore(most), []
+        for number in range(count):
+            if number % most == 0:
+                await asyncio.sleep(self.rng.uniform(0, 0.3))
+            await gate.acquire()
+            task = asyncio.create_task(self._one(client, self.rng.random()))
+            task.add_done_callback(lambda _: gate.release())
+            tasks.append(task)
+        await asyncio.gather(*tasks)
+
+    async def _one(self, client: httpx.AsyncClient, chance: float) -> None:
+        which = self.rng.randrange(len(self.prompts))
+        streams, leaves = self.rng.random() < 0.5, chance < 0.3
+        body = self._body(self.prompts[which], streams)
+        patience = self.rng.uniform(0, 0.3) if leaves else 300
+        try:
+            async with asyncio.timeout(patience):
+                ask = self._streamed if streams else self._whole
+                await ask(client, body, self.alone[which])
+        except TimeoutError:
+            self._count("given up")
+        except (httpx.TransportError, ValueError) as error:
+            self._count(f"failed: {type(error).__name__}")
+
+    async def _whole(self, client: httpx.AsyncClient, body: dict[str, Any], wanted: str) -> None:
+        answer = await client.post(self._url, json=body)
+        if self._served(answer):
+            self._check(answer.json()["choices"][0]["text"], wanted, whole=True)
+
+    async def _streamed(self, client: httpx.AsyncClient, body: dict[str, Any], wanted: str) -> None:
+        text, began = "", time.perf_counter()
+        async with client.stream("POST", self._url, json=body) as answer:
+            if not self._served(answer):
+                return
+            async for line in answer.aiter_lines():
+                if line == "data: [DONE]":
+                    self._check(text, wanted, whole=True)
+                elif line.startswith('data: {"error"'):
+                    self._count(f"failed: {line}")
+                    return
+                elif line.startswith("data: "):
+                    if not text:
+                        self.first.append(time.perf_counter() - began)
+                    text += json.loads(line[6:])["choices"][0]["text"]
+                    if not wanted.startswith(text):
+                        self._check(text, wanted, whole=False)
+
+    def _served(self, answer: httpx.Response) -> bool:
+        if answer.status_code == 200:
+            return True
+        told = answer.status_code == 429 and "retry-after" in answer.headers
+        self._count("429" if told else f"status {answer.status_code}")
+        return False
+
+    def _check(self, text: str, wanted: str, whole: bool) -> None:
+        if text == wanted:
+            self._count("answered")
+        else:
+            self.altered.append([text, wanted])
+            if whole:
+                self._count("altered")
+
+    def _count(self, outcome: str) -> None:
+        self.counts[outcome] = self.counts.get(outcome, 0) + 1
+
+    @property
+    def _url(self) -> str:
+        return f"{self.address}/v1/completions"
+
+    def _body(self, prompt: str, streams: bool) -> dict[str, Any]:
+        return {
+            "model": "model", "prompt": prompt, "max_tokens": 8 + len(prompt) % 24,
+            "temperature": 0, "stream": streams,
+        }  # fmt: skip
+
+    def _process(self) -> dict[str, Any]:
+        status = Path(f"/proc/{self.pid}/status").read_text()
+
+        def number(name: str) -> int:
+            found = re.search(rf"{name}:\s+(\d+)", status)
+            return int(found[1]) if found else -1
+
+        return {
+            "resident_mb": number("VmRSS") // 1024,
+            "threads": number("Threads"),
+            "descriptors": len(list(Path(f"/proc/{self.pid}/fd").iterdir())),
+        }
+
+
+def _value(metrics: str, name: str) -> float:
+    found = re.search(rf"^ropewalk:{name}\{{[^}}]*\}} (\S+)$", metrics, re.M)
+    return float(found[1]) if found else float("nan")
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).parents[1]))
+    main()
