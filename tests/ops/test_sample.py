@@ -75,9 +75,7 @@ def test_every_row_has_its_own_knobs():
     each = [rows(knobs, 1) for knobs in settings]
     together = [jnp.concatenate(column) for column in zip(*each, strict=True)]
     found = draw(logits, chance, *together)
-    alone = [
-        draw(logits[i : i + 1], chance[i : i + 1], *knobs)[0] for i, knobs in enumerate(each)
-    ]
+    alone = [draw(logits[i : i + 1], chance[i : i + 1], *knobs)[0] for i, knobs in enumerate(each)]
     assert found.tolist() == [int(token) for token in alone]
     assert found[-1] == np.argmax(logits[-1])
 

@@ -125,9 +125,9 @@ def answer(address: str, neighbour: Case, key: str = "") -> list[Any]:
     lines = [line for line in told.body.decode().splitlines() if line]
     assert told.status == 200 and lines[-1] == "data: [DONE]", told
     chunks = [json.loads(line.removeprefix("data: ")) for line in lines[:-1]]
-    texts = [one.get("text") or one["delta"].get("content") for c in chunks for one in c["choices"]]
-    ends = [one["finish_reason"] for c in chunks for one in c["choices"] if one["finish_reason"]]
-    return ["".join(filter(None, texts)), ends]
+    told_of = [choice for chunk in chunks for choice in chunk["choices"]]
+    texts = [one.get("text") or one.get("delta", {}).get("content") or "" for one in told_of]
+    return ["".join(texts), *(one["finish_reason"] for one in told_of if one["finish_reason"])]
 
 
 @contextmanager

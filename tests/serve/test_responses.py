@@ -65,7 +65,7 @@ def writes(server, monkeypatch) -> Callable[[str], None]:
     """Makes the model write one text where JSON is asked for."""
 
     def script(text: str) -> None:
-        async def matcher(spec: Any, param: str) -> grammar.Matcher:
+        async def matcher(spec: Any, param: str, thinking: str = "") -> grammar.Matcher:
             return server.host.grammars.compile(grammar.Lark(f"start: {json.dumps(text)}"))
 
         monkeypatch.setattr(server.host, "matcher", matcher)
@@ -382,7 +382,7 @@ class Failing:
 
 
 def test_a_failure_is_told(client, server, monkeypatch):
-    async def matcher(spec: Any, param: str) -> Any:
+    async def matcher(spec: Any, param: str, thinking: str = "") -> Any:
         return Failing()
 
     monkeypatch.setattr(server.host, "matcher", matcher)

@@ -98,7 +98,7 @@ async def prepared(host: Host, asked: Chat) -> Conversation:
         )
     if choice.functions:
         extra["tools"] = listed
-    messages = [message(one) for one in asked.messages]
+    messages = [message(one, template) for one in asked.messages]
     text, ids = await read(host, messages, True, extra)
     ids = host.checked(ids, "messages")
     inside = reasoning.detect(template, text)
@@ -149,9 +149,12 @@ def _ids(
     return read + tokenizer.encode((plain + text[at:]).replace(_MARK, ""))
 
 
-def message(one: Message) -> dict[str, Any]:
-    """A message as templates read it, with arguments of calls as objects where they are such."""
+def message(one: Message, template: str | None) -> dict[str, Any]:
+    """A message as templates read it: arguments of calls as objects where they are such, and a
+    developer's as the system's where the template knows none."""
     told = one.model_dump(exclude_none=True, exclude={"content"})
+    if one.role == "developer" and "developer" not in (template or ""):
+        told["role"] = "system"
     told["content"] = one.text
     for call in told.get("tool_calls", ()):
         call["function"]["arguments"] = _arguments(call["function"]["arguments"])

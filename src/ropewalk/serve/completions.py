@@ -136,13 +136,11 @@ async def _prompts(host: Host, prompt: Any) -> list[tuple[int, ...]]:
     if not prompt and not isinstance(prompt, str):
         raise BadRequest("prompt has no tokens; give at least one", "prompt")
     many = [prompt] if isinstance(prompt, str) or isinstance(prompt[0], int) else prompt
+    for one in many:
+        if isinstance(one, str):
+            host.fits(one, "prompt")
     encoded = await asyncio.gather(
-        *(
-            host.encode(host.fits(one, "prompt"), "prompt")
-            if isinstance(one, str)
-            else _itself(one)
-            for one in many
-        )
+        *(host.encode(one, "prompt") if isinstance(one, str) else _itself(one) for one in many)
     )
     return [host.checked(ids, "prompt") for ids in encoded]
 

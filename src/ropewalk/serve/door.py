@@ -1,6 +1,7 @@
 """What every request passes: its id, its key, its size, and the log of it. Whatever goes wrong
 behind the door comes out as OpenAI's errors do, without traces, paths or addresses."""
 
+import base64
 import hashlib
 import hmac
 import json
@@ -52,8 +53,8 @@ class Door:
     def __init__(
         self, app: Any, keys: Sequence[str] = (), allow: Callable[[str], bool] | None = None
     ):
-        """`keys`: one of them must come as a bearer token, if there are any; `allow(path)` says
-        whether new requests are still taken."""
+        """`keys`: one must come as a bearer token or as Basic's password, if there are any;
+        `allow(path)` says whether new requests are still taken."""
         self._app, self._allow = app, allow or (lambda path: True)
         # Digests are compared, so that neither content nor length of a key shows in the time.
         self._keys = [hashlib.sha256(key.encode()).digest() for key in keys]
@@ -100,7 +101,9 @@ class Door:
     async def _pass(self, scope: Scope, receive: Receive, send: Send) -> None:
         path = scope["path"]
         if self._keys and path not in _OPEN and not self._known(scope):
-            headers = [(b"www-authenticate", b"Bearer")]
+            # A browser that opens the page asks for the key itself; no script is made to.
+            scheme = b"Basic" if path == "/" else b"Bearer"
+            headers = [(b"www-authenticate", scheme + b' realm="ropewalk"')]
             await _answer(send, 401, "give one of the server's keys as a bearer token", headers)
             return
         if not self._allow(path):
@@ -127,9 +130,16 @@ class Door:
         if len(values) != 1:
             return False
         kind, _, key = values[0].partition(b" ")
+        if kind.lower() == b"basic":  # name:key
+            try:
+                key = base64.b64decode(key.strip(), validate=True).partition(b":")[2]
+            except ValueError:
+                return False
+        elif kind.lower() != b"bearer":
+            return False
         digest = hashlib.sha256(key.strip()).digest()
         matches = [hmac.compare_digest(digest, known) for known in self._keys]
-        return kind.lower() == b"bearer" and any(matches)
+        return any(matches)
 
 
 def _header(scope: Scope, wanted: bytes) -> bytes:

@@ -234,6 +234,11 @@ class Engine:
             state, _ = self.generate(state, [Row(slot, tables) for slot in range(count)])
             yield (done := done + 1), total
 
+    def programs(self) -> int:
+        """How many programs were compiled so far."""
+        made: list[Any] = [self._prefill, self._insert, self._generate, self._count, *self._copy]
+        return sum(program._cache_size() for program in made)
+
     def rows(self, count: int) -> int:
         """The number of rows that `count` slots are padded to."""
         return min(self.sizes.slots, 1 << (count - 1).bit_length())

@@ -1,14 +1,11 @@
 """The server: OpenAI's routes over one engine."""
 
-import asyncio
-import base64
 import contextlib
 import importlib.metadata
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from fastapi import FastAPI, Request
 from fastapi.concurrency import run_in_threadpool
 from fastapi.exceptions import RequestValidationError
@@ -25,16 +22,14 @@ from ropewalk.serve.asked import (
     refusal,
 )
 from ropewalk.serve.chat import chat_completions, message, read
-from ropewalk.serve.completions import completions, unknown, warned
+from ropewalk.serve.completions import completions
 from ropewalk.serve.door import Door, error
-from ropewalk.serve.generation import Failed, Gone, Host, attended
+from ropewalk.serve.embeddings import embeddings
+from ropewalk.serve.generation import Failed, Gone, Host
 from ropewalk.serve.responses import Responses, responses
 from ropewalk.serve.scheduler import QueueFull
-from ropewalk.serve.service import Ended, Job, Pooled
-from ropewalk.serve.slots import Settings
 
 PAGE = Path(__file__).with_name("page.html")
-Handler = Callable[[Request, Any], Awaitable[Response]]
 
 
 class Server:
@@ -51,7 +46,8 @@ class Server:
             redirect_slashes=False,  # by a Location made of the client's own Host
         )
         _errors(app)
-        _routes(app, host, self)
+        _routes(app, host)
+        _states(app, host, self)
         self.app = Door(app, keys, self._allowed)
 
     def _allowed(self, path: str) -> bool:
@@ -113,7 +109,9 @@ def _errors(app: FastAPI) -> None:
         return told(500, "the server failed; the request may be sent again")
 
 
-def _routes(app: FastAPI, host: Host, server: Server) -> None:
+def _states(app: FastAPI, host: Host, server: Server) -> None:
+    """What is told of the server itself."""
+
     @app.get("/", include_in_schema=False)
     async def page() -> Response:
         return HTMLResponse(await run_in_threadpool(PAGE.read_text, "utf-8"))
@@ -139,6 +137,10 @@ def _routes(app: FastAPI, host: Host, server: Server) -> None:
         """In Prometheus' format."""
         return Response(host.metrics.text(), media_type="text/plain; version=0.0.4")
 
+
+def _routes(app: FastAPI, host: Host) -> None:
+    """What is asked of the model."""
+
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
         return {"object": "list", "data": [_model(host)]}
@@ -162,7 +164,7 @@ def _routes(app: FastAPI, host: Host, server: Server) -> None:
 
     @app.post("/v1/embeddings")
     async def embed(asked: Embeddings, request: Request) -> Response:
-        return await _embeddings(host, asked, request)
+        return await embeddings(host, asked, request)
 
     @app.post("/tokenize")
     async def tokenize(asked: Tokenize) -> dict[str, Any]:
@@ -170,7 +172,7 @@ def _routes(app: FastAPI, host: Host, server: Server) -> None:
         if asked.prompt is not None:
             ids = await host.encode(asked.prompt, "prompt")
         else:
-            messages = [message(one) for one in asked.messages or ()]
+            messages = [message(one, host.tokenizer.chat_template) for one in asked.messages or ()]
             _, ids = await read(host, messages, asked.add_generation_prompt, {}, bounded=False)
         return {"count": len(ids), "max_model_len": host.length, "tokens": ids}
 
@@ -188,61 +190,3 @@ def _model(host: Host) -> dict[str, Any]:
         "owned_by": "ropewalk",
         "max_model_len": host.length,
     }
-
-
-async def _embeddings(host: Host, asked: Embeddings, request: Request) -> Response:
-    """A vector for every input: the mean of the final hidden states, or the last of them, made of
-    unit length."""
-    host.check_model(asked.model)
-    given = asked.input
-    if not given and not isinstance(given, str):
-        raise BadRequest("input has no tokens; give at least one", "input")
-    many: list[Any] = [given] if isinstance(given, str) or isinstance(given[0], int) else [*given]
-    ids = [
-        await host.encode(host.fits(one, "input"), "input") if isinstance(one, str) else one
-        for one in many
-    ]
-    prompts = [host.checked(one, "input") for one in ids]
-    events: asyncio.Queue[Any] = asyncio.Queue()
-    pooling = asked.pooling or "mean"
-    jobs = [
-        Job(prompt, Settings(1), i, events, asked.priority or 0, pooled=pooling)
-        for i, prompt in enumerate(prompts)
-    ]
-    host.service.submit(jobs)
-
-    async def gathered() -> list[np.ndarray]:
-        found: dict[int, np.ndarray] = {}
-        try:
-            while len(found) < len(jobs):
-                i, event = await events.get()
-                if isinstance(event, Pooled):
-                    found[i] = event.hidden
-                elif isinstance(event, Ended) and i not in found:
-                    raise Failed(event.error or "the request was cancelled")
-        finally:
-            host.service.cancel(jobs)
-        return [found[i] for i in range(len(jobs))]
-
-    rows = np.stack(await attended(request, gathered())).astype(np.float32)
-    if asked.dimensions is not None:
-        if asked.dimensions > rows.shape[1]:
-            raise BadRequest(
-                f"dimensions {asked.dimensions} are asked for; the model has {rows.shape[1]}",
-                "dimensions",
-            )
-        rows = rows[:, : asked.dimensions]
-    rows /= np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
-    as_text = asked.encoding_format == "base64"
-    data = [
-        {
-            "object": "embedding",
-            "index": i,
-            "embedding": base64.b64encode(row.tobytes()).decode() if as_text else row.tolist(),
-        }
-        for i, row in enumerate(rows)
-    ]
-    read = sum(map(len, prompts))
-    usage = {"prompt_tokens": read, "total_tokens": read}
-    body = {"object": "list", "model": host.name, "data": data, "usage": usage}
-    return JSONResponse(body, headers=warned(unknown(asked.unknown)))

@@ -104,7 +104,8 @@ class Service:
         self.engine, self.metrics = engine, metrics
         self.limits = Limits(
             sizes.slots, sizes.page, sizes.pages, engine.spans, sizes.chunk, sizes.pack,
-            engine.width, queued + sizes.slots, sizes.steps, 4 * sizes.slots if engine.recurrent else 0,
+            engine.width, queued + sizes.slots, sizes.steps,
+            snapshots=4 * sizes.slots if engine.recurrent else 0,
         )  # fmt: skip
         self.scheduler = Scheduler(self.limits)
         self.open = 0

@@ -1,0 +1,73 @@
+"""`/v1/embeddings`: a vector for every input."""
+
+import asyncio
+import base64
+from typing import Any
+
+import numpy as np
+from fastapi import Request
+from fastapi.responses import JSONResponse, Response
+
+from ropewalk.serve.asked import BadRequest, Embeddings
+from ropewalk.serve.completions import unknown, warned
+from ropewalk.serve.generation import Failed, Host, attended
+from ropewalk.serve.service import Ended, Job, Pooled
+from ropewalk.serve.slots import Settings
+
+
+async def embeddings(host: Host, asked: Embeddings, request: Request) -> Response:
+    """A vector for every input: the mean of the final hidden states, or the last of them, made of
+    unit length."""
+    host.check_model(asked.model)
+    given = asked.input
+    if not given and not isinstance(given, str):
+        raise BadRequest("input has no tokens; give at least one", "input")
+    many: list[Any] = [given] if isinstance(given, str) or isinstance(given[0], int) else [*given]
+    ids = [
+        await host.encode(host.fits(one, "input"), "input") if isinstance(one, str) else one
+        for one in many
+    ]
+    prompts = [host.checked(one, "input") for one in ids]
+    events: asyncio.Queue[Any] = asyncio.Queue()
+    pooling = asked.pooling or "mean"
+    jobs = [
+        Job(prompt, Settings(1), i, events, asked.priority or 0, pooled=pooling)
+        for i, prompt in enumerate(prompts)
+    ]
+    host.service.submit(jobs)
+
+    async def gathered() -> list[np.ndarray]:
+        found: dict[int, np.ndarray] = {}
+        try:
+            while len(found) < len(jobs):
+                i, event = await events.get()
+                if isinstance(event, Pooled):
+                    found[i] = event.hidden
+                elif isinstance(event, Ended) and i not in found:
+                    raise Failed(event.error or "the request was cancelled")
+        finally:
+            host.service.cancel(jobs)
+        return [found[i] for i in range(len(jobs))]
+
+    rows = np.stack(await attended(request, gathered())).astype(np.float32)
+    if asked.dimensions is not None:
+        if asked.dimensions > rows.shape[1]:
+            raise BadRequest(
+                f"dimensions {asked.dimensions} are asked for; the model has {rows.shape[1]}",
+                "dimensions",
+            )
+        rows = rows[:, : asked.dimensions]
+    rows /= np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
+    as_text = asked.encoding_format == "base64"
+    data = [
+        {
+            "object": "embedding",
+            "index": i,
+            "embedding": base64.b64encode(row.tobytes()).decode() if as_text else row.tolist(),
+        }
+        for i, row in enumerate(rows)
+    ]
+    read = sum(map(len, prompts))
+    usage = {"prompt_tokens": read, "total_tokens": read}
+    body = {"object": "list", "model": host.name, "data": data, "usage": usage}
+    return JSONResponse(body, headers=warned(unknown(asked.unknown)))
