@@ -58,7 +58,7 @@ def compare(options: argparse.Namespace) -> dict[str, Any]:
     }
     with tempfile.TemporaryDirectory() as scratch:
         plain = Path(scratch) / "float32.gguf"
-        unquantized(Path(options.file), plain)
+        rewritten(Path(options.file), plain, np.float32)
         runs = {"llama_cpp": (options.file, []), "float32": (str(plain), ["--float32"])}
         for name, (file, more) in runs.items():
             their_ids, their_logprobs = run_theirs(options, file, more, text, Path(scratch))
@@ -143,8 +143,8 @@ def perplexity(logprobs: np.ndarray) -> float:
     return round(float(np.exp(-np.mean(logprobs))), 4)
 
 
-def unquantized(source: Path, target: Path) -> None:
-    """Writes the same model with every tensor in float32."""
+def rewritten(source: Path, target: Path, dtype: Any) -> None:
+    """Writes the same model with its matrices in `dtype`, and its vectors in float32."""
     import gguf  # their Python has none
 
     reader = gguf.GGUFReader(source)
@@ -158,7 +158,8 @@ def unquantized(source: Path, target: Path) -> None:
     for tensor in reader.tensors:
         shape = tuple(reversed(tensor.shape.tolist()))
         values = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
-        writer.add_tensor(tensor.name, values.reshape(shape).astype(np.float32))
+        kind = dtype if len(shape) > 1 else np.float32
+        writer.add_tensor(tensor.name, values.reshape(shape).astype(kind))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -261,6 +261,8 @@ def millions() -> Iterator[Case]:
     yield completion("logit_bias", logit_bias={f"x{i}": "" for i in range(many // 5)})
     yield Case(DETOKENIZE, {"tokens": [""] * many}, "tokens")
     yield Case(TOKENIZE, {"messages": [1] * many}, "messages")
+    yield Case(TOKENIZE, {"prompt": "a" * 4 * many}, "prompt")
+    yield Case(TOKENIZE, {"messages": [{"role": "user", "content": "a" * 4 * many}]}, "messages")
     yield chat("messages", messages=[{}] * many)
     yield chat("messages", messages=SAY * 2049)
     yield chat("messages", messages=[{"role": "user", "content": "a" * 4 * many}])

@@ -224,7 +224,7 @@ def test_what_the_document_allows_and_what_it_forbids(server: Server, place: str
         strategy = operation.as_strategy(generation_mode=mode)
 
         @hypothesis.settings(
-            max_examples=25, database=None, deadline=None, derandomize=True,
+            max_examples=15, database=None, deadline=None, derandomize=True,
             suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
         )  # fmt: skip
         @hypothesis.given(case=strategy, served=strategies.booleans())

@@ -107,15 +107,12 @@ async def prepared(host: Host, asked: Chat) -> Conversation:
 
 
 async def read(
-    host: Host, messages: list[Any], begun: bool, extra: dict[str, Any], bounded: bool = True
+    host: Host, messages: list[Any], begun: bool, extra: dict[str, Any]
 ) -> tuple[str, list[int]]:
-    """A conversation as text and as ids; `bounded`: refused unread where there are too many.
-    Raises BadRequest."""
+    """A conversation as text and as ids. Raises BadRequest."""
     render = functools.partial(templates.render, host.tokenizer, messages, begun, **extra)
     try:
-        text = checked(await run_in_threadpool(render))
-        if bounded:
-            host.fits(text, "messages")
+        text = host.fits(checked(await run_in_threadpool(render)), "messages")
         return text, await run_in_threadpool(_ids, host.tokenizer, text, messages, begun, extra)
     except BadRequest:
         raise

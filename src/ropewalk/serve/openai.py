@@ -170,10 +170,10 @@ def _routes(app: FastAPI, host: Host) -> None:
     async def tokenize(asked: Tokenize) -> dict[str, Any]:
         host.check_model(asked.model)
         if asked.prompt is not None:
-            ids = await host.encode(asked.prompt, "prompt")
+            ids = await host.encode(host.fits(asked.prompt, "prompt"), "prompt")
         else:
             messages = [message(one, host.tokenizer.chat_template) for one in asked.messages or ()]
-            _, ids = await read(host, messages, asked.add_generation_prompt, {}, bounded=False)
+            _, ids = await read(host, messages, asked.add_generation_prompt, {})
         return {"count": len(ids), "max_model_len": host.length, "tokens": ids}
 
     @app.post("/detokenize")

@@ -1,0 +1,191 @@
+"""Serving throughput, ours beside llama.cpp's server and transformers' generate, on one machine and
+in one run, by turns: one stream, several, many.
+
+    python benchmarks/serve.py FILE.gguf --llama-cpp PYTHON --transformers PYTHON [--streams 1 8 32]
+
+The file is written once more in float16, which llama-cpp-python's server and ours are both started
+with (ours computes in bfloat16, as wide) and, if `--quantized` names one, llama.cpp with that file
+too. transformers gets our export in bfloat16, all prompts in one batch. Each server runs alone, and
+is asked for `--new` greedy tokens after every prompt of about `--prompt` words. Prints JSON.
+"""
+
+import argparse
+import asyncio
+import json
+import os
+import random
+import subprocess
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx2 as httpx
+import numpy as np
+from perplexity import rewritten
+from serve_load import start
+
+GENERATE = """
+import json, sys, time, torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+directory, new, prompts = sys.argv[1], int(sys.argv[2]), json.load(sys.stdin)
+tokenizer = AutoTokenizer.from_pretrained(directory, padding_side="left")
+tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.bfloat16)
+found = {}
+for streams, some in prompts.items():
+    batch = tokenizer(some, return_tensors="pt", padding=True)
+    with torch.no_grad():
+        model.generate(**batch, max_new_tokens=4, min_new_tokens=4, do_sample=False)
+        began = time.perf_counter()
+        model.generate(**batch, max_new_tokens=new, min_new_tokens=new, do_sample=False)
+    found[streams] = len(some) * new / (time.perf_counter() - began)
+print(json.dumps(found))
+"""
+
+
+def main() -> None:
+    """Runs and prints."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("file")
+    parser.add_argument("--llama-cpp", default=os.environ.get("LLAMA_CPP_PYTHON"))
+    parser.add_argument("--transformers", default=os.environ.get("TRANSFORMERS_PYTHON"))
+    parser.add_argument("--quantized", help="a smaller file that llama.cpp is also measured with")
+    parser.add_argument("--streams", type=int, nargs="+", default=[1, 8, 32])
+    parser.add_argument("--new", type=int, default=96)
+    parser.add_argument("--prompt", type=int, default=64)
+    parser.add_argument("--rounds", type=int, default=2)
+    print(json.dumps(compare(parser.parse_args()), indent=2))
+
+
+def compare(options: argparse.Namespace) -> dict[str, Any]:
+    """Tokens a second of each, the best of the rounds, and ratios."""
+    found: dict[str, dict[int, list[Any]]] = {}
+    with tempfile.TemporaryDirectory() as scratch:
+        wide = Path(scratch) / "float16.gguf"
+        rewritten(Path(options.file), wide, np.float16)
+        sides = {"ropewalk": lambda: ours(wide, max(options.streams), Path(scratch))}
+        if options.llama_cpp:
+            sides["llama_cpp"] = lambda: theirs(options.llama_cpp, wide)
+        if options.llama_cpp and options.quantized:
+            sides["llama_cpp_quantized"] = lambda: theirs(options.llama_cpp, options.quantized)
+        for turn in range(options.rounds):
+            for name, side in sides.items():
+                with side() as address:
+                    for streams in options.streams:
+                        told = asyncio.run(measured(address, streams, options, turn))
+                        found.setdefault(name, {}).setdefault(streams, []).append(told)
+        if options.transformers:
+            for streams, rate in generated(options, wide, Path(scratch)).items():
+                told = {"tokens_per_s": round(rate, 1)}
+                found.setdefault("transformers", {})[int(streams)] = [told]
+    best = {
+        name: {n: max(told, key=lambda one: one["tokens_per_s"]) for n, told in by.items()}
+        for name, by in found.items()
+    }
+    ratios = {
+        name: {
+            n: round(best["ropewalk"][n]["tokens_per_s"] / one["tokens_per_s"], 2)
+            for n, one in by.items()
+        }
+        for name, by in best.items()
+        if name != "ropewalk"
+    }
+    return {"new": options.new, "best": best, "ours_over": ratios, "all": found}
+
+
+@contextmanager
+def ours(file: Path, slots: int, scratch: Path) -> Iterator[str]:
+    """The address of our server."""
+    more = "--max-length", "1024", "--dtype", "bfloat16"
+    process, address = start(str(file), scratch / "log", slots, 256, *more)
+    try:
+        yield address
+    finally:
+        process.terminate()
+        process.wait()
+
+
+@contextmanager
+def theirs(python: str, file: str | Path) -> Iterator[str]:
+    """The address of llama-cpp-python's server."""
+    command = [python, "-m", "llama_cpp.server", "--model", str(file), "--n_ctx", "1024"]
+    command += ["--port", "8931", "--model_alias", "model", "--n_threads", str(os.cpu_count())]
+    command += ["--interrupt_requests", "false"]  # or a new one ends the one before
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    address = "http://127.0.0.1:8931"
+    try:
+        for _ in range(600):
+            try:
+                urllib.request.urlopen(f"{address}/v1/models").read()
+                break
+            except (urllib.error.URLError, ConnectionError):
+                time.sleep(0.1)
+        yield address
+    finally:
+        process.terminate()
+        process.wait()
+
+
+def prompts(streams: int, options: argparse.Namespace, turn: int) -> list[str]:
+    """Texts that have nothing in common."""
+    rng = random.Random(f"{streams} {turn}")
+    words = Path(__file__).read_text().split()
+    return [" ".join(rng.choices(words, k=options.prompt)) for _ in range(streams)]
+
+
+async def measured(
+    address: str, streams: int, options: argparse.Namespace, turn: int
+) -> dict[str, Any]:
+    """Tokens a second of some streams at once, and what one of them sees."""
+    times: list[list[float]] = []
+
+    async def one(client: httpx.AsyncClient, prompt: str) -> None:
+        body = {
+            "model": "model", "prompt": prompt, "max_tokens": options.new, "temperature": 0,
+            "stream": True, "ignore_eos": True,
+        }  # fmt: skip
+        came = [time.perf_counter()]
+        async with client.stream("POST", f"{address}/v1/completions", json=body) as answer:
+            async for line in answer.aiter_lines():
+                if line.startswith("data: {") and json.loads(line[6:])["choices"][0]["text"]:
+                    came.append(time.perf_counter())
+        times.append(came)
+
+    limits = httpx.Limits(max_connections=None)
+    async with httpx.AsyncClient(timeout=600, limits=limits) as client:
+        began = time.perf_counter()
+        await asyncio.gather(*(one(client, text) for text in prompts(streams, options, turn)))
+        took = time.perf_counter() - began
+    first = [came[1] - came[0] for came in times if len(came) > 1]
+    steps = [(came[-1] - came[1]) / (len(came) - 2) for came in times if len(came) > 2]
+    written = sum(len(came) - 1 for came in times)
+    return {
+        "tokens_per_s": round(written / took, 1),
+        "tokens": written,
+        "time_to_first_token_s": round(float(np.median(first)), 4),
+        "token_s": round(float(np.median(steps)), 5),
+    }
+
+
+def generated(options: argparse.Namespace, file: Path, scratch: Path) -> dict[str, float]:
+    """Tokens a second of transformers' generate, by the number of prompts in a batch."""
+    import ropewalk
+
+    directory = ropewalk.load(file).save(scratch / "hf", dtype="bfloat16")
+    some = {n: prompts(n, options, 0) for n in options.streams}
+    command = [options.transformers, "-c", GENERATE, str(directory), str(options.new)]
+    told = subprocess.run(
+        command, input=json.dumps(some).encode(), stdout=subprocess.PIPE, check=True
+    )
+    return json.loads(told.stdout.splitlines()[-1])
+
+
+if __name__ == "__main__":
+    main()
