@@ -9,7 +9,7 @@ demo: env
 	$(BIN)/ropewalk train tiny
 
 test: env
-	$(BIN)/pytest -q -n 2 --dist loadgroup
+	$(BIN)/pytest -q -n 2
 
 check: env
 	$(BIN)/ruff format --check --output-format concise

@@ -4,6 +4,9 @@ What the environment already names is kept, e.g. JAX_PLATFORMS=cuda to run the t
 """
 
 import os
+import re
+from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 if os.environ["JAX_PLATFORMS"] == "cpu":
@@ -19,10 +22,13 @@ if os.environ["JAX_PLATFORMS"] == "cpu":
 
 import jax
 import pytest
+from xdist.scheduler import LoadScopeScheduling
 
 # A process may have 65530 memory maps, every compiled program takes a few, and XLA falls over when
 # there are no more.
 _MAPS = 30_000
+_FAMILIES = {path.stem for path in Path("src/ropewalk/models").glob("[!_]*.py")}
+_SERVER = re.compile(r"tests/serve/test_(server|service|responses|bad_input)\.py")
 
 
 @pytest.fixture(autouse=True)
@@ -34,3 +40,24 @@ def few_memory_maps():
             count = sum(1 for _ in maps)
         if count > _MAPS:
             jax.clear_caches()
+
+
+class Together(LoadScopeScheduling):
+    """Tests that run the same compiled programs go to one worker, all others wherever there is
+    room: those of one family, of one family's engine, and of the server."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        if _SERVER.match(nodeid):
+            return "server"
+        place, _, parameters = nodeid.partition("[")
+        room = place.rpartition("/")[0]
+        if room in ("tests/families", "tests/serve"):
+            for name in parameters.rstrip("]").split("-"):
+                if name in _FAMILIES:
+                    return f"{room} {name}"
+        return nodeid
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Together:
+    """How tests are given to workers."""
+    return Together(config, log)

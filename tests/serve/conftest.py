@@ -1,23 +1,12 @@
-"""One server of a tiny model for all tests that ask it, and one worker for those."""
+"""One server of a tiny model for all tests that ask it."""
 
 from collections.abc import Iterator
-from pathlib import Path
 
 import openai
 import pytest
 
 from ropewalk.serve.openai import Server
 from tests.serve.tiny_server import serving, tiny
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Programs are compiled once for the tests of one server, and of one family's engine."""
-    for item in items:
-        if isinstance(item, pytest.Function) and Path(__file__).parent in item.path.parents:
-            if "server" in item.fixturenames:
-                item.add_marker(pytest.mark.xdist_group("server"))
-            elif name := getattr(item, "callspec", None) and item.callspec.params.get("name"):
-                item.add_marker(pytest.mark.xdist_group(f"engine of {name}"))
 
 
 @pytest.fixture(scope="session")

@@ -223,7 +223,7 @@ def test_int8_stays_near_and_takes_zeros(llama):
     assert abs(found.logprob[0, 0] - scores[1]) < 0.05 or found.token[0, 0] != tokens[1]
     zeros = caches.Paged.empty(2, 4, [(2, 8)], jnp.int8)
     one = jnp.ones((1, 1), jnp.int32)
-    view = caches.View(one * 0, one * 0, one, one * 0, jnp.int32(1))
+    view = caches.View(one * 0, one * 0, one * 0, one * 0, jnp.int32(1))
     kept = dataclasses.replace(zeros, view=view)._put((jnp.zeros((1, 1, 2, 8)),))
     assert np.isfinite(kept.scales[0]).all() and not np.asarray(kept.buffers[0]).any()
 

@@ -5,6 +5,7 @@ import asyncio
 import dataclasses
 import socket
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +19,7 @@ from flax import nnx
 from ropewalk import models
 from ropewalk.checkpoint.pretrained import Pretrained
 from ropewalk.layers.lm import parameters
+from ropewalk.serve import wire
 from ropewalk.serve.launch import Options, build
 from ropewalk.serve.openai import Server
 from ropewalk.text.tokenizer import byte_tokenizer
@@ -62,10 +64,11 @@ def serving(server: Server) -> Iterator[str]:
     """The address of a running server."""
     listening = socket.socket()
     listening.bind(("127.0.0.1", 0))
-    config = uvicorn.Config(server.app, log_config=None, access_log=False, lifespan="on", ws="none")
-    web = uvicorn.Server(config)
+    web = uvicorn.Server(wire.config(server.app))
     thread = threading.Thread(target=lambda: asyncio.run(web.serve([listening])))
     thread.start()
+    while not web.started:
+        time.sleep(0.01)
     try:
         yield f"http://127.0.0.1:{listening.getsockname()[1]}"
     finally:

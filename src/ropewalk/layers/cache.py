@@ -134,10 +134,10 @@ class View:
 
     pages: jax.Array
     """int32 [b, m]"""
-    first: jax.Array
-    """int32 [b, m], the position of a page's first token"""
+    there: jax.Array
+    """int32 [b, m * size], the position of the token in each place; -1 where it is nobody's"""
     owner: jax.Array
-    """int32 [b, m], the segment whose page it is; 0 = nobody's"""
+    """int32 [b, m * size], the segment whose token it is"""
     place: jax.Array
     """int32 [b, t], page * size + offset of every new token; beyond the pool = nowhere"""
     count: jax.Array
@@ -192,13 +192,11 @@ class Paged:
         view = self.viewed
 
         def block(i: jax.Array) -> Block:
-            def cut(x: jax.Array) -> jax.Array:
-                return jax.lax.dynamic_slice_in_dim(x, i * many, many, 1)
+            def cut(x: jax.Array, count: int) -> jax.Array:
+                return jax.lax.dynamic_slice_in_dim(x, i * count, count, 1)
 
-            k, v = read(*cache._pages(cut(view.pages), q.dtype))
-            there = cut(view.first)[:, :, None] + jnp.arange(size, dtype=jnp.int32)
-            owner = jnp.repeat(cut(view.owner), size, axis=1)
-            there = jnp.where(owner > 0, there.reshape(owner.shape), -1)
+            k, v = read(*cache._pages(cut(view.pages, many), q.dtype))
+            there, owner = (cut(x, many * size) for x in (view.there, view.owner))
             return k, v, mask.visible(positions, there, segment_ids, owner, *near)
 
         return streamed(q, block, -(-view.count // many), **how), cache

@@ -365,11 +365,14 @@ class Engine:
             start = jnp.maximum(positions[:, :1] - span + 1, 0) // size
             column = start + jnp.arange(seen, dtype=jnp.int32)
             pages = jnp.take_along_axis(pages, jnp.minimum(column, most - 1), axis=1)
-        owner = jnp.where(live[:, None] & (column < most), 1, 0)
+        there = column[:, :, None] * size + jnp.arange(size, dtype=jnp.int32)
+        there = jnp.where((live[:, None] & (column < most))[:, :, None], there, -1)
+        there = there.reshape(there.shape[0], -1)
         used = positions[:, -1] // size - column[:, 0] + 1
         count = jnp.max(jnp.where(live, used, 1))
         nowhere = self.sizes.pages[group] * size
-        return View(pages, column * size, owner, jnp.where(live[:, None], place, nowhere), count)
+        place = jnp.where(live[:, None], place, nowhere)
+        return View(pages, there, jnp.ones_like(there), place, count)
 
     def _viewed(self, caches, views, given) -> list[Any]:
         """Caches for one forward pass: pages with their views, and the rows of recurrent ones."""

@@ -65,7 +65,10 @@ class Regex:
     pattern: str
 
     def entry(self) -> dict[str, Any]:
-        """The expression as llguidance lists it."""
+        """The expression as llguidance lists it. Raises ValueError for half an escape, which it
+        would drop."""
+        if (len(self.pattern) - len(self.pattern.rstrip("\\"))) % 2:
+            raise ValueError("the last backslash escapes nothing")
         return json.loads(llguidance.LLMatcher.grammar_from_regex(self.pattern))["grammars"][0]
 
 

@@ -16,6 +16,7 @@ from ropewalk.core.compilation import keep_programs, release_compiler_memory
 from ropewalk.core.errors import ConfigError
 from ropewalk.core.log import log
 from ropewalk.layers.lm import with_parameters
+from ropewalk.serve import wire
 from ropewalk.serve.engine import Engine, Sizes
 from ropewalk.serve.generation import Host
 from ropewalk.serve.grammar import Grammars
@@ -53,11 +54,7 @@ def launch(options: Options) -> None:
     listening = _listen(options.host, options.port)
     server = build(options, keys)
     port = listening.getsockname()[1]
-    config = uvicorn.Config(
-        server.app, log_config=None, access_log=False, lifespan="on", timeout_keep_alive=75,
-        server_header=False, ws="none", backlog=2048,
-    )  # fmt: skip
-    web = uvicorn.Server(config)
+    web = uvicorn.Server(wire.config(server.app))
 
     async def run() -> None:
         loop = asyncio.get_running_loop()

@@ -52,19 +52,22 @@ class Packed:
 
     def _view(self, engine: Any, group: int, segments: Sequence[Segment]) -> View:
         size, span = engine.sizes.page, engine.spans[group]
-        seen = np.zeros((3, 1, engine.columns(engine.width)), np.int32)  # pages, first, owner
+        most = engine.columns(engine.width)
+        pages = np.zeros((1, most), np.int32)
+        there, owner = np.full((1, most, size), -1, np.int32), np.zeros((1, most, size), np.int32)
         place = np.full((1, self.tokens.shape[1]), engine.sizes.pages[group] * size, np.int32)
         count = at = 0
         for number, s in enumerate(segments):
-            pages, end = np.asarray(s.tables[group], np.int32), s.start + len(s.tokens)
+            table, end = np.asarray(s.tables[group], np.int32), s.start + len(s.tokens)
             first = 0 if span is None else max(0, s.start - span + 1) // size
             blocks = np.arange(first, -(-end // size))
             new = slice(count, count + len(blocks))
-            seen[:, 0, new] = pages[blocks], blocks * size, np.full(len(blocks), number + 1)
+            pages[0, new], owner[0, new] = table[blocks], number + 1
+            there[0, new] = blocks[:, None] * size + np.arange(size)
             count = new.stop
             positions = np.arange(s.start, end)
-            place[0, at : at + len(s.tokens)] = pages[positions // size] * size + positions % size
+            place[0, at : at + len(s.tokens)] = table[positions // size] * size + positions % size
             at += len(s.tokens)
-        pages, first, owner = seen
-        every: Any = (pages, first, owner, place, np.int32(count))  # on the device in a moment
+        seen = there.reshape(1, -1), owner.reshape(1, -1)
+        every: Any = (pages, *seen, place, np.int32(count))  # on the device in a moment
         return View(*every)

@@ -57,18 +57,22 @@ class HuggingFaceTokenizer(Tokenizer):
 
     def encode(self, text: str, allow_special: bool = False) -> list[int]:
         """See `Tokenizer.encode`."""
-        backend = self._parsing if allow_special else self._plain
-        return backend.encode(text, add_special_tokens=False).ids
+        return _encoded(self._parsing if allow_special else self._plain, text, False)
 
     def encode_prompt(self, text: str) -> list[int]:
         """See `Tokenizer.encode_prompt`; the post-processor of the file is the rule."""
-        return self._parsing.encode(text, add_special_tokens=True).ids
+        return _encoded(self._parsing, text, True)
 
     def _model_file(self) -> dict[str, bytes]:
         return {"tokenizer.json": self._parsing.to_str(pretty=True).encode()}
 
     def _model_config(self) -> dict[str, Any]:
         return {"tokenizer_class": "PreTrainedTokenizerFast"}
+
+
+def _encoded(backend: tokenizers.Tokenizer, text: str, add_special: bool) -> list[int]:
+    # Of several texts, unlike of one, other threads run on meanwhile.
+    return backend.encode_batch_fast([text], add_special_tokens=add_special)[0].ids
 
 
 class SentencePieceTokenizer(Tokenizer):
