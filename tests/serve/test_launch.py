@@ -65,11 +65,13 @@ def post(address: str, body: dict[str, Any], key: str = "") -> tuple[int, bytes]
 LONG = {"prompt": "abc", "max_tokens": 150, "temperature": 0, "ignore_eos": True}
 
 
-def test_sigterm_lets_answers_end(directory):
+def test_sigterm_lets_answers_end(directory, tmp_path):
     """Those that are being written end whole, a new one is refused, and the exit code is 0."""
-    with running(directory, "--name", "model", "--slots", "4") as (process, address):
+    more = "--name", "model", "--slots", "4", "--trace", str(tmp_path)
+    with running(directory, *more) as (process, address):
         whole = post(address, LONG)
         assert whole[0] == 200
+        assert [*tmp_path.rglob("*.xplane.pb")]  # of its first steps
         found: list[tuple[int, bytes]] = []
 
         def ask() -> None:

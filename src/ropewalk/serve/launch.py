@@ -94,7 +94,7 @@ def build(options: Options, keys: tuple[str, ...] = ()) -> Server:
     _progress("", end=True)
     release_compiler_memory()
     metrics = Metrics(name)
-    service = Service(engine, options.queue, metrics)
+    service = Service(engine, options.queue, metrics, options.trace)
     grammars = Grammars(tokenizer, engine.vocab)
     host = Host(name, tokenizer, service, grammars, metrics, int(time.time()))
     return Server(host, keys, options.drain)

@@ -8,6 +8,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -25,6 +26,8 @@ from ropewalk.serve.slots import Chosen, Settings
 
 log = logging.getLogger("ropewalk")
 
+# Steps of a profile.
+_TRACED = 100
 # Failed steps that a sequence may be part of; one more ends it.
 _TRIES = 1
 
@@ -99,7 +102,8 @@ class Job:
 class Service:
     """A running engine. `submit` and `cancel` are called from the event loop's thread."""
 
-    def __init__(self, engine: Engine, queued: int, metrics: Metrics):
+    def __init__(self, engine: Engine, queued: int, metrics: Metrics, trace: Path | None = None):
+        """`queued`: sequences that may wait; `trace`: where a profile of the first steps goes."""
         sizes = engine.sizes
         self.engine, self.metrics = engine, metrics
         self.limits = Limits(
@@ -116,6 +120,7 @@ class Service:
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._stopping = False
+        self._trace, self._steps = trace, 0
         self._live: set[Job] = set()
 
     def start(self) -> None:
@@ -164,6 +169,7 @@ class Service:
                 started = time.perf_counter()
                 plan = self.scheduler.plan()
                 sent = self._send(plan) if plan.chunks or plan.rows else None
+                self._profile(sent is not None)
                 self._land(flight)
                 flight = sent
                 self.metrics.step(self.scheduler, plan, time.perf_counter() - started)
@@ -172,6 +178,18 @@ class Service:
                 flight = None
                 self._recover()
             self._hand_out()
+
+    def _profile(self, sent: bool) -> None:
+        """A profile of the first steps, where one is asked for."""
+        if self._trace is None or not sent:
+            return
+        if self._steps == 0:
+            jax.profiler.start_trace(str(self._trace))
+        self._steps += 1
+        if self._steps > _TRACED:
+            jax.profiler.stop_trace()
+            log.info("%s: a profile of %d steps", self._trace, _TRACED)
+            self._trace = None
 
     def _take_in(self, wait: bool) -> None:
         while wait or not self._inbox.empty():
