@@ -19,8 +19,8 @@ from ropewalk.serve.transfer import carried, put, stacked, take, unstacked
 from tests.families.tiny import tiny
 from tests.serve.engines import SIZES, Desk, engine, solo
 
-# Attention with pages of every kind, one with latents, one with recurrent layers, one with rings.
-FAMILIES = ["llama", "deepseek_v3", "qwen3_next", "gemma2"]
+# Attention that sees everything, layers of it beside recurrent ones, and beside a window.
+FAMILIES = ["llama", "qwen3_next", "gemma2"]
 NEW = 30
 CLOSE = 3e-5  # log-probabilities of logits up to 10: float32 sums in another order
 
@@ -247,7 +247,8 @@ def test_what_cannot_be_is_refused(llama):
 @pytest.mark.parametrize(
     ("family", "rules"),
     [
-        *[("llama", rules) for rules in RULES],
+        ("llama", "tensor"),
+        ("llama", "fsdp_tensor"),
         ("qwen3_next", "fsdp_tensor"),
         ("mixtral", "fsdp_expert"),
     ],
@@ -294,5 +295,5 @@ def test_a_decoding_step_copies_no_pages(llama):
     bits = made._bits(None, 4)
     lowered = made._generate.lower(made._weights, state, np.arange(4, dtype=np.int32), table, *bits)
     used = lowered.compile().memory_analysis()
-    assert used.alias_size_in_bytes >= held
+    assert used is not None and used.alias_size_in_bytes >= held
     assert used.temp_size_in_bytes < held / 10
