@@ -27,7 +27,7 @@ from xdist.scheduler import LoadScopeScheduling
 # A process may have 65530 memory maps, every compiled program takes a few, and XLA falls over when
 # there are no more.
 _MAPS = 30_000
-_FAMILIES = {path.stem for path in Path("src/ropewalk/models").glob("[!_]*.py")}
+_FAMILIES = {path.stem for path in Path(__file__).parents[1].glob("src/ropewalk/models/[!_]*.py")}
 _SERVER = re.compile(r"tests/serve/test_(server|service|responses|bad_input)\.py")
 
 

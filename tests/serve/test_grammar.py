@@ -3,19 +3,18 @@ import random
 import re
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import jsonschema_rs
 import numpy as np
 import pytest
-import sentencepiece
 
 from ropewalk.serve import grammar
 from ropewalk.serve.grammar import GrammarError, Grammars, Lark, Matcher, Regex, Schema, Spec
 from ropewalk.text import bpe
 from ropewalk.text.interface import Tokenizer
 from ropewalk.text.tokenizer import SentencePieceTokenizer, load
+from tests.text.pieces import sentencepiece_model
 
 SAMPLE = [
     'To be, or not to be: that is the question. {"name": "Hamlet", "acts": [1, 2.5]}\n',
@@ -25,25 +24,11 @@ BEYOND = 100  # ids that the model has and the tokenizer has not
 KINDS = ["byte", "bpe", "sentencepiece"]
 
 
-def sentencepiece_tokenizer(folder: Path) -> Tokenizer:
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter([line for text in SAMPLE for line in text.splitlines()]),
-        model_prefix=str(folder / "model"),
-        vocab_size=350,
-        model_type="bpe",
-        byte_fallback=True,
-        normalization_rule_name="identity",
-        remove_extra_whitespaces=False,
-        allow_whitespace_only_pieces=True,
-        minloglevel=2,
-    )
-    return SentencePieceTokenizer((folder / "model.model").read_bytes(), "sp")
-
-
 @pytest.fixture(scope="module")
 def tokenizers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tokenizer]:
     found = [load("byte"), bpe.train(SAMPLE, 400)]
-    found.append(sentencepiece_tokenizer(tmp_path_factory.mktemp("sentencepiece")))
+    model = sentencepiece_model(tmp_path_factory.mktemp("sentencepiece"), SAMPLE, 350)
+    found.append(SentencePieceTokenizer(model, "sp"))
     return dict(zip(KINDS, found, strict=True))
 
 

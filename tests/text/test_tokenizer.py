@@ -12,27 +12,12 @@ from ropewalk.core.errors import DataError, UserError
 from ropewalk.text import bpe, parts
 from ropewalk.text import tokenizer as tokenizers
 from ropewalk.text.interface import StreamDecoder, Tokenizer
+from tests.text.pieces import sentencepiece_model
 
 SAMPLE = [
     "To be, or not to be: that is the question.\n\tWhether 'tis nobler in the mind to suffer\n",
     "naïve café, 日本語 and 😀 the end.\n\n  1234567 and 99 bottles\r\n",
 ] * 20
-
-
-def sentencepiece_model(folder: Path) -> bytes:
-    prefix = folder / "model"
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter([line for text in SAMPLE for line in text.splitlines()]),
-        model_prefix=str(prefix),
-        vocab_size=330,
-        model_type="bpe",
-        byte_fallback=True,
-        normalization_rule_name="identity",
-        remove_extra_whitespaces=False,
-        allow_whitespace_only_pieces=True,
-        minloglevel=2,
-    )
-    return prefix.with_suffix(".model").read_bytes()
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +26,9 @@ def kinds(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tokenizer]:
     return {
         "byte": tokenizers.load("byte"),
         "bpe": bpe.train(SAMPLE, 300),
-        "sentencepiece": tokenizers.SentencePieceTokenizer(sentencepiece_model(folder), "sp"),
+        "sentencepiece": tokenizers.SentencePieceTokenizer(
+            sentencepiece_model(folder, SAMPLE, 330), "sp"
+        ),
     }
 
 
@@ -220,7 +207,7 @@ def test_lossy_decoder_is_refused(tmp_path: Path) -> None:
 
 def test_metaspace_json_counts_bytes_like_its_sentencepiece_model(tmp_path: Path) -> None:
     """A converted `.json` and the `.model` it came from stand for the same bytes, id by id."""
-    model = tokenizers.SentencePieceTokenizer(sentencepiece_model(tmp_path), "sp")
+    model = tokenizers.SentencePieceTokenizer(sentencepiece_model(tmp_path, SAMPLE, 330), "sp")
     processor = sentencepiece.SentencePieceProcessor(model_proto=model._model)
     pieces = [processor.id_to_piece(i) for i in range(processor.get_piece_size())]
     vocab = {piece: i for i, piece in enumerate(pieces)}

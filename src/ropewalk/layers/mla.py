@@ -104,17 +104,14 @@ class LatentAttention(nnx.Module):
             q, read = self._plain(q, q_turned)
             seen = mask.visible(here[0], here[0], here[1], here[1])
             y = self.attend(q, *read(latents), seen, scale)
-        elif self._absorbs(x.shape[1], cache.length):
-            q = self._absorbed(q, q_turned)
-            # The turned key stands in for values too, so that the cache is read where it lies.
-            everything = (latents,), *here, (None, None), self.attend
-            y, cache = cache.attend(q, *everything, lambda kept: (kept, kept), scale=scale)
-            value = self.value_up.weight[...].astype(q.dtype)
-            y = jnp.einsum("btnr,nhr->btnh", y[..., : spec.latent], value)
         else:
-            q, read = self._plain(q, q_turned)
-            everything = (latents,), *here, (None, None), self.attend
-            y, cache = cache.attend(q, *everything, read, scale=scale)
+            absorbs = self._absorbs(x.shape[1], cache.length)
+            q, read = (self._absorbed if absorbs else self._plain)(q, q_turned)
+            new, near = (latents,), (None, None)
+            y, cache = cache.attend(q, new, *here, near, self.attend, read, scale=scale)
+            if absorbs:
+                value = self.value_up.weight[...].astype(q.dtype)
+                y = jnp.einsum("btnr,nhr->btnh", y[..., : spec.latent], value)
         return self.out(shard(y, "batch", "time", "heads", None)), cache
 
     def init_cache(self, batch: int, length: int, dtype: Any) -> Dense:
@@ -155,9 +152,11 @@ class LatentAttention(nnx.Module):
         return shard(q, "batch", "time", "heads", None), read
 
     def _absorbed(self, q, q_turned):
-        """Queries in the space of the latents."""
+        """Queries in the space of the latents, and the latents as keys and values."""
         key = self.key_up.weight[...].astype(q.dtype)
-        return jnp.concatenate([jnp.einsum("btnh,nhr->btnr", q, key), q_turned], axis=-1)
+        q = jnp.concatenate([jnp.einsum("btnh,nhr->btnr", q, key), q_turned], axis=-1)
+        # The turned key stands in for values too, so that the cache is read where it lies.
+        return q, lambda latents: (latents, latents)
 
 
 class LatentConfig(Rotary):

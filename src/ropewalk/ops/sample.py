@@ -27,7 +27,7 @@ def sample(
     together have `top_p`, arXiv:1904.09751; of all, those at least `min_p` times as likely as the
     best, arXiv:2407.01082. A token as likely as the last that is kept is kept too.
     """
-    best = greedy(logits)
+    likeliest = greedy(logits)
     cut = (temperature > 0) & ((top_k > 0) | (top_p < 1) | (min_p > 0))
 
     def drawn() -> jax.Array:
@@ -39,9 +39,9 @@ def sample(
 
         least = jax.lax.cond(jnp.any(cut), threshold, lambda: jnp.full_like(temperature, -jnp.inf))
         weights = jnp.where(scaled >= least[:, None], jnp.exp(scaled), 0.0)
-        return jnp.where(temperature > 0, _draw(weights, chance, best), best)
+        return jnp.where(temperature > 0, _draw(weights, chance, likeliest), likeliest)
 
-    return jax.lax.cond(jnp.any(temperature > 0), drawn, lambda: best)
+    return jax.lax.cond(jnp.any(temperature > 0), drawn, lambda: likeliest)
 
 
 def greedy(logits: jax.Array) -> jax.Array:
@@ -57,6 +57,14 @@ def logprob(logits: jax.Array, tokens: jax.Array) -> jax.Array:
     """Natural log-probabilities float32 [...] of tokens int32 [...] under logits [..., v]."""
     chosen = jnp.take_along_axis(logits, tokens[..., None], axis=-1)[..., 0]
     return chosen - jax.nn.logsumexp(logits, axis=-1)
+
+
+def best(logits: jax.Array, most: int) -> tuple[jax.Array, jax.Array]:
+    """The `most` most likely tokens int32 [..., most] under logits [..., v], and their natural
+    log-probabilities."""
+    highest, tokens = jax.lax.top_k(logits, min(most, logits.shape[-1]))
+    total = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
+    return tokens.astype(jnp.int32), highest - total
 
 
 def penalized(
@@ -113,7 +121,7 @@ def _among(ranked, everything, top_k, top_p, min_p) -> tuple[jax.Array, jax.Arra
     return least, limited | ~kept[:, -1]
 
 
-def _draw(weights: jax.Array, chance: jax.Array, best: jax.Array) -> jax.Array:
+def _draw(weights: jax.Array, chance: jax.Array, otherwise: jax.Array) -> jax.Array:
     """The token [b] at which the running sum of weights [b, v] passes `chance` of the total."""
     b, v = weights.shape
     blocks = jnp.pad(weights, ((0, 0), (0, -v % _BLOCK))).reshape(b, -1, _BLOCK)
@@ -126,4 +134,4 @@ def _draw(weights: jax.Array, chance: jax.Array, best: jax.Array) -> jax.Array:
     # Rounding may lead past the last token that has a weight.
     last = jnp.max(jnp.where(inside > 0, jnp.arange(_BLOCK), -1), axis=-1)
     token = block * _BLOCK + jnp.minimum(place, last)
-    return jnp.where(last >= 0, token, best).astype(jnp.int32)
+    return jnp.where(last >= 0, token, otherwise).astype(jnp.int32)

@@ -115,13 +115,16 @@ class Sampled(Asked):
         """Texts that end an answer."""
         return [self.stop] if isinstance(self.stop, str) else self.stop or []
 
+    def ends(self, own: tuple[int, ...]) -> tuple[int, ...]:
+        """The model's own ids that end an answer, as far as they do."""
+        return () if self.ignore_eos else own
+
     def settings(
         self, limit: int, vocab: int, ends: tuple[int, ...], seed: int, ranked: bool
     ) -> Settings:
         """For one answer of at most `limit` tokens that the model's `ends` end. Raises BadRequest
         for ids that the model lacks."""
-        stops = () if self.ignore_eos else ends
-        stops = tuple(dict.fromkeys((*stops, *(self.stop_token_ids or ()))))
+        stops = tuple(dict.fromkeys((*self.ends(ends), *(self.stop_token_ids or ()))))
         biases = {int(token): bias for token, bias in (self.logit_bias or {}).items()}
         for name, ids in (("stop_token_ids", stops), ("logit_bias", biases)):
             outside = [token for token in ids if token >= vocab]

@@ -18,8 +18,8 @@ from ropewalk.core.errors import UserError
 from ropewalk.serve import grammar, reasoning, tool_choice, tools
 from ropewalk.serve.asked import BadRequest, Chat, Message, NamedTool, ResponseFormat
 from ropewalk.serve.completions import streaming, unknown, warned
-from ropewalk.serve.generation import Answer, Generation, Host, Step, attended
-from ropewalk.serve.text import Writer, chat_logprobs, spelled
+from ropewalk.serve.generation import Generation, Host, Step, attended
+from ropewalk.serve.text import chat_logprobs
 from ropewalk.text import chat as templates
 from ropewalk.text.interface import Tokenizer, checked
 
@@ -66,10 +66,7 @@ def begin(host: Host, asked: Chat, conversation: Conversation, room: int) -> Gen
     prompts = [conversation.prompt], [room], conversation.matcher, ranked
     jobs = host.jobs(asked, *prompts)
     markers = conversation.form.markers if conversation.form else ()
-    written = spelled(host.tokenizer, (*markers, *reasoning.MARKERS))
-    ends = () if asked.ignore_eos else host.tokenizer.eos_ids
-    answers = [Answer(Writer(host.tokenizer, asked.stops(), ends, written)) for _ in jobs]
-    return Generation(host, jobs, answers)
+    return Generation(host, jobs, host.answers(asked, jobs, (*markers, *reasoning.MARKERS)))
 
 
 async def prepared(host: Host, asked: Chat) -> Conversation:

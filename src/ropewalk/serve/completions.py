@@ -1,6 +1,5 @@
 """`/v1/completions`: plain text after plain text."""
 
-import asyncio
 import json
 import secrets
 import time
@@ -13,7 +12,7 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 from ropewalk.serve.asked import BadRequest, Completion
 from ropewalk.serve.door import error
 from ropewalk.serve.generation import Answer, Failed, Generation, Host, attended
-from ropewalk.serve.text import Writer, completion_logprobs
+from ropewalk.serve.text import completion_logprobs
 
 # OpenAI's, where nothing is said.
 _NEW = 16
@@ -22,7 +21,7 @@ _NEW = 16
 async def completions(host: Host, asked: Completion, request: Request) -> Response:
     """The answers, whole or as a stream. Raises BadRequest."""
     host.check_model(asked.model)
-    prompts = await _prompts(host, asked.prompt)
+    prompts = await host.prompts(asked.prompt, "prompt")
     if len(prompts) * (asked.n or 1) > host.service.limits.queue:
         raise BadRequest(
             f"{len(prompts)} prompts with {asked.n or 1} answers each; the server queues "
@@ -33,11 +32,9 @@ async def completions(host: Host, asked: Completion, request: Request) -> Respon
     rooms = [host.room(prompt, wanted) for prompt in prompts]
     ranked, scored = bool(asked.logprobs), asked.logprobs is not None and bool(asked.echo)
     jobs = host.jobs(asked, prompts, [room for room, _ in rooms], None, ranked, scored)
-    ends = () if asked.ignore_eos else host.tokenizer.eos_ids
-    answers = [Answer(Writer(host.tokenizer, asked.stops(), ends)) for _ in jobs]
     notes = [note for _, note in rooms if note]
     headers = warned([*notes[:1], *unknown(asked.unknown)])
-    whole = _Whole(host, asked, Generation(host, jobs, answers))
+    whole = _Whole(host, asked, Generation(host, jobs, host.answers(asked, jobs)))
     if asked.stream:
         return streaming(whole.stream(), headers)
     return JSONResponse(await attended(request, whole.body()), headers=headers)
@@ -130,23 +127,6 @@ class _Whole:
         if self.silent:
             usage |= {"completion_tokens": 0, "total_tokens": usage["prompt_tokens"]}
         return usage
-
-
-async def _prompts(host: Host, prompt: Any) -> list[tuple[int, ...]]:
-    if not prompt and not isinstance(prompt, str):
-        raise BadRequest("prompt has no tokens; give at least one", "prompt")
-    many = [prompt] if isinstance(prompt, str) or isinstance(prompt[0], int) else prompt
-    for one in many:
-        if isinstance(one, str):
-            host.fits(one, "prompt")
-    encoded = await asyncio.gather(
-        *(host.encode(one, "prompt") if isinstance(one, str) else _itself(one) for one in many)
-    )
-    return [host.checked(ids, "prompt") for ids in encoded]
-
-
-async def _itself(ids: list[int]) -> list[int]:
-    return ids
 
 
 def streaming(chunks: AsyncIterator[dict[str, Any]], headers: dict[str, str]) -> Response:

@@ -5,7 +5,6 @@ import base64
 import hashlib
 import hmac
 import json
-import logging
 import secrets
 import time
 from collections.abc import Awaitable, Callable, MutableMapping, Sequence
@@ -13,7 +12,7 @@ from typing import Any
 
 from starlette.exceptions import HTTPException
 
-log = logging.getLogger("ropewalk")
+from ropewalk.core.log import log
 
 MOST_BYTES = 4 * 2**20
 """of a body"""

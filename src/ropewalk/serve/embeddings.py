@@ -19,15 +19,7 @@ async def embeddings(host: Host, asked: Embeddings, request: Request) -> Respons
     """A vector for every input: the mean of the final hidden states, or the last of them, made of
     unit length."""
     host.check_model(asked.model)
-    given = asked.input
-    if not given and not isinstance(given, str):
-        raise BadRequest("input has no tokens; give at least one", "input")
-    many: list[Any] = [given] if isinstance(given, str) or isinstance(given[0], int) else [*given]
-    ids = [
-        await host.encode(host.fits(one, "input"), "input") if isinstance(one, str) else one
-        for one in many
-    ]
-    prompts = [host.checked(one, "input") for one in ids]
+    prompts = await host.prompts(asked.input, "input")
     events: asyncio.Queue[Any] = asyncio.Queue()
     pooling = asked.pooling or "mean"
     jobs = [

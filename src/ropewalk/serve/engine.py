@@ -19,7 +19,7 @@ from ropewalk.core.errors import ModelError
 from ropewalk.layers.cache import Paged, Recurrent, View, together_of
 from ropewalk.layers.decode import mesh_of, ready
 from ropewalk.layers.lm import LM, parameters, table, with_parameters
-from ropewalk.ops.sample import logprob
+from ropewalk.ops.sample import best, logprob
 from ropewalk.serve import slots as slots_
 from ropewalk.serve.packed import Packed, Segment
 from ropewalk.serve.slots import MOST_RANKED, Chosen, Settings, Slots
@@ -472,9 +472,7 @@ def _scored(model: LM, x: jax.Array, following: jax.Array) -> Scores:
 
     def tile(part: tuple[jax.Array, jax.Array]) -> Scores:
         logits = model.unembed(part[0])
-        best, which = jax.lax.top_k(logits, min(MOST_RANKED, logits.shape[-1]))
-        told = best - jax.nn.logsumexp(logits, axis=-1, keepdims=True)
-        return logprob(logits, part[1]), which.astype(jnp.int32), told
+        return logprob(logits, part[1]), *best(logits, MOST_RANKED)
 
     size = math.gcd(x.shape[0], _SCORED)
     tiles = x.reshape(-1, size, x.shape[1]), following.reshape(-1, size)

@@ -4,7 +4,7 @@ the client goes."""
 import asyncio
 import dataclasses
 import secrets
-from collections.abc import AsyncIterator, Coroutine, Sequence
+from collections.abc import AsyncIterator, Coroutine, Iterable, Sequence
 from typing import Any
 
 from fastapi import Request
@@ -15,7 +15,7 @@ from ropewalk.serve.asked import BadRequest, Sampled
 from ropewalk.serve.grammar import Grammars, Matcher
 from ropewalk.serve.metrics import Metrics
 from ropewalk.serve.service import Ended, Event, Job, Pooled, Read, Service, Token
-from ropewalk.serve.text import Writer
+from ropewalk.serve.text import Writer, spelled
 from ropewalk.text.interface import Tokenizer
 
 
@@ -107,6 +107,19 @@ class Host:
         bos = self.tokenizer.bos_id
         return ids or ([] if bos is None else [bos])
 
+    async def prompts(self, given: Any, param: str) -> list[tuple[int, ...]]:
+        """The ids of one text, one list of ids, or several of either. Raises BadRequest."""
+        if not given and not isinstance(given, str):
+            raise BadRequest(f"{param} has no tokens; give at least one", param)
+        one = isinstance(given, str) or isinstance(given[0], int)
+        many = [given] if one else given
+        texts = [each for each in many if isinstance(each, str)]
+        for text in texts:
+            self.fits(text, param)
+        encoded = iter([await self.encode(text, param) for text in texts])
+        ids = [next(encoded) if isinstance(each, str) else each for each in many]
+        return [self.checked(each, param) for each in ids]
+
     async def matcher(self, spec: Any, param: str, thinking: str = "") -> Matcher:
         """What constrains one answer. Raises BadRequest where it cannot be compiled."""
         try:
@@ -154,27 +167,47 @@ class Host:
                 )
         return jobs
 
+    def answers(
+        self, asked: Sampled, jobs: Sequence[Job], markers: Iterable[str] = ()
+    ) -> "list[Answer]":
+        """One empty answer a job; `markers` are special tokens that are written out."""
+        ends, written = asked.ends(self.tokenizer.eos_ids), spelled(self.tokenizer, markers)
+        stops = asked.stops()
+        return [Answer(Writer(self.tokenizer, stops, ends, written)) for _ in jobs]
+
 
 @dataclasses.dataclass
 class Answer:
     """What one job has given so far."""
 
     writer: Writer
+    pieces: list[str] = dataclasses.field(default_factory=list)
     tokens: list[Token] = dataclasses.field(default_factory=list)
     prompt: list[Token] = dataclasses.field(default_factory=list)
     """the prompt's, where they were scored"""
-    text: str = ""
     reason: str | None = None
+
+    @property
+    def text(self) -> str:
+        """All that was written."""
+        return "".join(self.pieces)
 
 
 @dataclasses.dataclass
 class Step:
-    """What came of one answer: text that is certain now, its tokens, and the reason if it ended."""
+    """What came of one answer: tokens, the text that each made certain, text that was held back to
+    the end, and the reason if it ended."""
 
     index: int
-    text: str
     tokens: list[Token]
+    pieces: list[str]
+    rest: str
     reason: str | None
+
+    @property
+    def text(self) -> str:
+        """All that is certain now."""
+        return "".join(self.pieces) + self.rest
 
 
 class Generation:
@@ -204,6 +237,7 @@ class Generation:
                 yield step
 
     def _step(self, index: int, answer: Answer, event: Event) -> Step | None:
+        tokens, pieces, rest = [], [], ""
         match event:
             case Read(tokens):
                 answer.prompt = tokens
@@ -211,18 +245,18 @@ class Generation:
             case Ended("error" | "cancelled", message):
                 raise Failed(message or "the request was cancelled")
             case Ended(reason):
-                text, tokens = answer.writer.finish(), []
+                rest = answer.writer.finish()
                 answer.reason = "stop" if answer.writer.stopped else reason
             case list(tokens):
-                text = "".join(answer.writer.feed(token.id) for token in tokens)
+                pieces = [answer.writer.feed(token.id) for token in tokens]
                 answer.tokens += tokens
                 if answer.writer.stopped:
                     answer.reason = "stop"
                     self.host.service.cancel([self.jobs[index]])
             case Pooled():
                 return None
-        answer.text += text
-        return Step(index, text, tokens, answer.reason)
+        answer.pieces += [*pieces, rest]
+        return Step(index, tokens, pieces, rest, answer.reason)
 
     async def all(self) -> list[Answer]:
         """The answers when they are whole. Raises Failed."""

@@ -8,6 +8,7 @@ import numpy as np
 
 from ropewalk.core.errors import ModelError
 from ropewalk.layers.cache import View
+from ropewalk.serve.pages import first_block
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,8 +60,7 @@ class Packed:
         count = at = 0
         for number, s in enumerate(segments):
             table, end = np.asarray(s.tables[group], np.int32), s.start + len(s.tokens)
-            first = 0 if span is None else max(0, s.start - span + 1) // size
-            blocks = np.arange(first, -(-end // size))
+            blocks = np.arange(first_block(span, s.start, size), -(-end // size))
             new = slice(count, count + len(blocks))
             pages[0, new], owner[0, new] = table[blocks], number + 1
             there[0, new] = blocks[:, None] * size + np.arange(size)

@@ -22,6 +22,12 @@ def keys(
     return chain
 
 
+def first_block(span: int | None, position: int, size: int) -> int:
+    """The first block of `size` tokens that a query at `position` sees, of its last `span` keys or
+    of all."""
+    return 0 if span is None else max(position - span + 1, 0) // size
+
+
 class Pool:
     """The pages 0 to count - 1 of one group, each held by any number of sequences or none.
 

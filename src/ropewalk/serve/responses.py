@@ -31,7 +31,7 @@ from ropewalk.serve.generation import Failed, Generation, Host, Step, attended
 from ropewalk.serve.reasoning import Arguments, Call, Content, Delta, Reasoning
 from ropewalk.serve.service import Token
 from ropewalk.serve.slots import MOST_RANKED
-from ropewalk.serve.text import Writer, chat_logprobs, spelled
+from ropewalk.serve.text import chat_logprobs
 
 type Event = dict[str, Any]
 
@@ -318,10 +318,7 @@ class _Whole:
         self.id, self.created = f"resp_{secrets.token_hex(24)}", int(time.time())
         self.items, self.parser = _Items(), conversation.parser()
         # Text is taken token by token, so that each is known as thought, answer or call.
-        self.ends = () if asked.ignore_eos else host.tokenizer.eos_ids
-        markers = conversation.form.markers if conversation.form else ()
-        written = spelled(host.tokenizer, (*markers, *reasoning.MARKERS))
-        self.writer = Writer(host.tokenizer, asked.stops(), self.ends, written)
+        self.ends = asked.ends(host.tokenizer.eos_ids)
         self.splitter = reasoning.Splitter(conversation.inside)
         self.thought, self.answered = 0, False
         self.held: list[tuple[Token, str]] = []
@@ -367,15 +364,14 @@ class _Whole:
         yield {"type": f"response.{status}", "response": response}
 
     def _told(self, step: Step) -> Iterator[Event]:
-        for token in step.tokens:
-            text = self.writer.feed(token.id)
+        for token, text in zip(step.tokens, step.pieces, strict=True):
             self.answered |= any(isinstance(one, Content) for one in self.splitter.feed(text))
             self.thought += not self.answered
             if token.id not in self.ends:
                 self.held.append((token, text))
             yield from self._written(self.parser.feed(text))
         if step.reason:
-            rest = self.parser.feed(self.writer.finish())
+            rest = self.parser.feed(step.rest)
             yield from self._written([*rest, *self.parser.finish()])
 
     def _written(self, deltas: Iterable[Delta]) -> Iterator[Event]:

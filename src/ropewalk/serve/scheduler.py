@@ -13,7 +13,7 @@ from operator import attrgetter
 from typing import Any
 
 from ropewalk.core.errors import UserError
-from ropewalk.serve.pages import Pool, keys
+from ropewalk.serve.pages import Pool, first_block, keys
 from ropewalk.serve.request import Sequence, Status
 
 PRIORITY = 64
@@ -52,8 +52,7 @@ class Limits:
 
     def first(self, group: int, position: int) -> int:
         """The first block that a query at `position` sees in a group."""
-        span = self.spans[group]
-        return 0 if span is None else max(position - span + 1, 0) // self.page
+        return first_block(self.spans[group], position, self.page)
 
     def blocks(self, length: int) -> int:
         """Blocks that `length` tokens fill, the last one perhaps in part."""

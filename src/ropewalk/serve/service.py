@@ -3,7 +3,6 @@ ahead of what it knows, and hands out what was written. Knows nothing of HTTP or
 
 import asyncio
 import dataclasses
-import logging
 import queue
 import threading
 import time
@@ -15,6 +14,7 @@ import jax
 import numpy as np
 
 from ropewalk.core.errors import UserError
+from ropewalk.core.log import log
 from ropewalk.serve.engine import Engine, Prefix, Row
 from ropewalk.serve.grammar import Matcher
 from ropewalk.serve.metrics import Metrics
@@ -23,8 +23,6 @@ from ropewalk.serve.request import Sequence as Served
 from ropewalk.serve.request import Status
 from ropewalk.serve.scheduler import Chunk, Limits, Plan, QueueFull, Scheduler
 from ropewalk.serve.slots import Chosen, Settings
-
-log = logging.getLogger("ropewalk")
 
 # Steps of a profile.
 _TRACED = 100
@@ -113,7 +111,6 @@ class Service:
         )  # fmt: skip
         self.scheduler = Scheduler(self.limits)
         self.open = 0
-        self.failed = False
         self._state = engine.init_decode_state()
         self._inbox: queue.SimpleQueue[tuple[str, Any]] = queue.SimpleQueue()
         self._outbox: list[tuple[Job, Event]] = []
@@ -200,11 +197,8 @@ class Service:
             elif what == "cancel":
                 self._end(job, "cancelled")
             else:
-                try:
-                    self.scheduler.add(job.sequence)
-                    self._live.add(job)
-                except UserError as error:
-                    self._emit(job, Ended("error", str(error)))
+                self._live.add(job)
+                self._guarded(job, self.scheduler.add, job.sequence)
 
     def _send(self, plan: Plan) -> "_Flight":
         """Dispatches a step; nothing of it is waited for."""

@@ -2,6 +2,7 @@
 chosen."""
 
 import dataclasses
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -80,10 +81,14 @@ class Slots:
     """float32 [s, MOST_BIASES]"""
 
     @property
-    def changes(self) -> jax.Array:
-        """bool [s], whether logits are changed before a token is chosen."""
-        penalized = (self.presence != 0) | (self.frequency != 0) | (self.repetition != 1)
-        return penalized | jnp.any(self.biases != 0, axis=1)
+    def penalized(self) -> jax.Array:
+        """bool [s], as `Settings.penalized`."""
+        return (self.presence != 0) | (self.frequency != 0) | (self.repetition != 1)
+
+    @property
+    def biased_at_all(self) -> jax.Array:
+        """bool [s], whether some token has a bias."""
+        return jnp.any(self.biases != 0, axis=1)
 
     def take(self, rows: jax.Array) -> "Slots":
         """The given rows."""
@@ -169,21 +174,16 @@ def choose(
         return sample.sample(changed, _chance(slots), *knobs)
 
     # Each condition costs a copy of the logits: where nobody wants anything, there is one.
-    wanted = constrained | jnp.any(slots.temperature > 0) | jnp.any(slots.changes)
+    wanted = constrained | jnp.any((slots.temperature > 0) | slots.penalized | slots.biased_at_all)
     token = jax.lax.cond(wanted, chosen, lambda: sample.greedy(logits))
-    total = jax.nn.logsumexp(logits, axis=-1)
-    score = jnp.take_along_axis(logits, token[:, None], axis=-1)[:, 0] - total
-    most = min(MOST_RANKED, logits.shape[-1])
-
-    def ranked() -> tuple[jax.Array, jax.Array]:
-        best, which = jax.lax.top_k(logits, most)
-        return which.astype(jnp.int32), best - total[:, None]
 
     def nothing() -> tuple[jax.Array, jax.Array]:
-        shape = logits.shape[0], most
+        shape = logits.shape[0], min(MOST_RANKED, logits.shape[-1])
         return jnp.zeros(shape, jnp.int32), jnp.zeros(shape, jnp.float32)
 
+    ranked = functools.partial(sample.best, logits, MOST_RANKED)
     which, told = jax.lax.cond(jnp.any(slots.ranked), ranked, nothing)
+    score = sample.logprob(logits, token)
     return Chosen(token, score, which, told, jnp.ones_like(slots.done))
 
 
@@ -204,10 +204,8 @@ def _changed(logits: jax.Array, slots: Slots, counts: jax.Array, at: jax.Array) 
         row = jnp.arange(logits.shape[0])[:, None]
         return logits.at[row, slots.biased].add(slots.biases, mode="drop")
 
-    some = (slots.presence != 0) | (slots.frequency != 0) | (slots.repetition != 1)
-    logits = jax.lax.cond(jnp.any(some), penalized, lambda: logits)
-    given = jnp.any(slots.biases != 0)
-    return jax.lax.cond(given, biased, lambda logits: logits, logits)
+    logits = jax.lax.cond(jnp.any(slots.penalized), penalized, lambda: logits)
+    return jax.lax.cond(jnp.any(slots.biased_at_all), biased, lambda logits: logits, logits)
 
 
 def _chance(slots: Slots) -> jax.Array:
