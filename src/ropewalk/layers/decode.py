@@ -19,7 +19,7 @@ from ropewalk.core.config import Config
 from ropewalk.core.errors import ModelError
 from ropewalk.layers.linear import Linear
 from ropewalk.layers.lm import LM, held, parameters, table, with_parameters
-from ropewalk.ops.sample import greedy, logprob, sample
+from ropewalk.ops.sample import logprob, sample
 from ropewalk.parallel.axes import platform
 
 # Prompts and caches are padded to powers of two from here on, so that few programs are compiled.
@@ -106,8 +106,6 @@ class Decoder:
             each * sampling.top_p,
             each * 0,
         )
-        if sampling.temperature == 0:
-            knobs = None  # a program without all that sampling takes
         key = jax.random.key(sampling.seed)
         step_key = jax.random.fold_in(key, 0)
         state = self._prefill(self._weights, tokens, segments, cache, ends, step_key, knobs)
@@ -165,12 +163,8 @@ class Decoder:
 
 
 def _drawn(logits, key, knobs):
-    """A token a row of logits [b, v], the most likely one without knobs, and its log-probability
-    under them."""
-    if knobs is None:
-        token = greedy(logits)
-    else:
-        token = sample(logits, jax.random.uniform(key, logits.shape[:1]), *knobs)
+    """A token a row of logits [b, v], and its log-probability under them."""
+    token = sample(logits, jax.random.uniform(key, logits.shape[:1]), *knobs)
     return token, logprob(logits, token)
 
 
