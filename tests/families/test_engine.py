@@ -6,8 +6,9 @@ import pytest
 
 from ropewalk import models
 from ropewalk.layers import cache
-from ropewalk.serve.engine import Engine, Sizes
+from ropewalk.serve.engine import Engine
 from ropewalk.serve.packed import Segment
+from ropewalk.serve.sizes import Sizes
 from ropewalk.serve.slots import Settings
 from tests.families.tiny import BATCH, LENGTH, counted, forward, tiny
 from tests.serve.engines import Desk

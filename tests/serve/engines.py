@@ -6,17 +6,26 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 
-from ropewalk.serve.engine import Engine, Prefix, Row, Sizes, State
+from ropewalk.layers.lm import LM
+from ropewalk.serve.engine import Engine, Prefix, Row
 from ropewalk.serve.packed import Segment
+from ropewalk.serve.programs import State
+from ropewalk.serve.sizes import Sizes
 from ropewalk.serve.slots import Chosen, Settings
 from tests.families.tiny import tiny
 
 SIZES = Sizes(slots=4, length=64, page=4, chunk=32, pack=3)
 
 
-def engine(name: str, variant: str = "plain", sizes: Sizes = SIZES) -> Engine:
+def engine(
+    name: str, variant: str = "plain", sizes: Sizes = SIZES, draft: LM | None = None
+) -> Engine:
+    return Engine(model(name, variant), sizes, draft)
+
+
+def model(name: str, variant: str = "plain") -> LM:
     made = tiny(name, variant)
-    return Engine(made.model(jax.tree.map(lambda x: x.copy(), made.params)), sizes)
+    return made.model(jax.tree.map(lambda x: x.copy(), made.params))
 
 
 class Desk:
@@ -31,7 +40,9 @@ class Desk:
     def table(self, blocks: int | None = None) -> list[list[int]]:
         """Pages for a whole sequence, in every group."""
         count = self.engine.blocks if blocks is None else blocks
-        return [[next(fresh) for _ in range(count)] for fresh in self._fresh]
+        made = [[next(fresh) for _ in range(count)] for fresh in self._fresh]
+        assert all(own[-1] < most for own, most in zip(made, self.engine.sizes.pages, strict=True))
+        return made
 
     def prefill(self, *segments: Segment, scored: bool = False) -> Prefix:
         self.state, prefix = self.engine.prefill(self.state, segments, scored)
@@ -66,6 +77,7 @@ def solo(engine: Engine, tokens: Sequence[int], settings: Settings, cut: Sequenc
     """The tokens and log-probabilities of one sequence alone, up to its end."""
     desk = Desk(engine)
     prefix, table = desk.read(tokens, cut)
+    desk.state = engine.tell(desk.state, 0, tokens, [])
     first = desk.insert(prefix, (0, 0, settings))
     steps = -(-(settings.limit - 1) // engine.sizes.steps)
     rest = desk.write({0: table}, steps)

@@ -137,7 +137,7 @@ def test_the_rest_of_the_batch_changes_nothing(made):
         desk.insert(prefix, (0, slot, other))
     desk.write(tables, 3)
     prefix, tables[2] = desk.read(prompt(10, 9))
-    desk.state = made.count(desk.state, 2, prompt(10, 9), [])
+    desk.state = made.tell(desk.state, 2, prompt(10, 9), [])
     first = desk.insert(prefix, (0, 2, settings))
     rest = desk.write(tables, 19)
     assert [first.token[0], *[c.token[0, 2] for c in rest]] == wanted
@@ -194,7 +194,7 @@ def test_a_slot_is_as_it_was_where_it_goes_on_later(llama):
     def write(written: list[int]) -> list[int]:
         desk = Desk(llama)
         prefix, table = desk.read([*one, *written])
-        desk.state = llama.count(desk.state, 0, one, written)
+        desk.state = llama.tell(desk.state, 0, one, written)
         now = dataclasses.replace(settings, written=len(written))
         first = desk.insert(prefix, (0, 0, now))
         rest = desk.write({0: table}, 19 - len(written))
@@ -291,7 +291,7 @@ def test_a_decoding_step_copies_no_pages(llama):
     made = engine("llama", sizes=sizes)
     state = made.init_decode_state()
     held = sum(x.nbytes for x in jax.tree.leaves(state.caches))
-    table = (np.zeros((4, made.columns(made.blocks)), np.int32),)
+    table = (np.zeros((4, made.width), np.int32),)
     bits = made._bits(None, 4)
     lowered = made._generate.lower(made._weights, state, np.arange(4, dtype=np.int32), table, *bits)
     used = lowered.compile().memory_analysis()

@@ -3,6 +3,9 @@
 import openai
 import pytest
 
+from ropewalk.serve.launch import build
+from tests.serve.tiny_server import options, serving, tiny_model
+
 ASKED = {"model": "tiny", "prompt": "abc", "max_tokens": 20, "temperature": 0}
 
 
@@ -47,6 +50,34 @@ def test_a_grammar_that_fails_ends_its_own_request_alone(client, server, monkeyp
     assert text + "".join(chunk.choices[0].text for chunk in stream) == wanted
     service = server.host.service
     assert service.scheduler.idle and service.scheduler.usage == 0
+
+
+def test_a_server_that_guesses_answers_the_same(client, server, tmp_path):
+    """Whole, as a stream with log-probabilities, under a grammar, stopped in the middle, and
+    beside each other; a model that guesses for itself is always right."""
+    directory = tiny_model(tmp_path / "model")
+    guessing = build(options(directory, drafts=3, draft_model=str(directory)))
+    made = guessing.host.service.engine.programs()
+    with serving(guessing) as address:
+        other = openai.OpenAI(base_url=f"{address}/v1", api_key="none")
+        for asked in (
+            {"max_tokens": 40},
+            {"max_tokens": 37, "temperature": 1.0, "seed": 4, "presence_penalty": 0.5},
+            {"max_tokens": 20, "logprobs": 2, "n": 3, "temperature": 0.7, "seed": 1},
+            {"max_tokens": 30, "extra_body": {"structured_outputs": {"regex": "[a-c]{9,20}"}}},
+        ):
+            both = [
+                each.completions.create(**{**ASKED, **asked}).choices for each in (client, other)
+            ]
+            assert [one.text for one in both[0]] == [one.text for one in both[1]]
+            assert [one.finish_reason for one in both[0]] == [one.finish_reason for one in both[1]]
+        metrics = guessing.host.metrics
+        drafted = metrics.value("spec_decode_num_draft_tokens_total")
+        accepted = metrics.value("spec_decode_num_accepted_tokens_total")
+        assert 0 < accepted <= drafted
+        service = guessing.host.service
+        assert service.scheduler.idle and service.scheduler.usage == 0
+    assert service.engine.programs() == made
 
 
 def _any():

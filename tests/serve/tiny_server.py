@@ -20,8 +20,9 @@ from ropewalk import models
 from ropewalk.checkpoint.pretrained import Pretrained
 from ropewalk.layers.lm import parameters
 from ropewalk.serve import wire
-from ropewalk.serve.launch import Options, build
+from ropewalk.serve.launch import build
 from ropewalk.serve.openai import Server
+from ropewalk.serve.options import Options
 from ropewalk.text.tokenizer import byte_tokenizer
 
 LENGTH = 1024

@@ -13,6 +13,7 @@ from typing import Annotated, Any
 import typer
 
 import ropewalk
+from ropewalk.core.memory import physical_memory
 
 _PACKAGES = (
     "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "pydantic", "typer", "rich",
@@ -58,16 +59,12 @@ def _facts() -> dict[str, Any]:
         "ropewalk": ropewalk.__version__,
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
-        "memory": f"{_memory() / 2**30:.1f} GiB of RAM",
+        "memory": f"{physical_memory() / 2**30:.1f} GiB of RAM",
         "disk": f"{shutil.disk_usage(Path.cwd()).free / 2**30:.1f} GiB free here",
         "devices": _devices(),
         "programs": f"kept in {programs_directory()}",
         "versions": {name: _version(name) for name in _PACKAGES},
     }
-
-
-def _memory() -> int:
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def _devices() -> str:

@@ -1,7 +1,6 @@
 """From a model's name to a listening server, and its end."""
 
 import asyncio
-import dataclasses
 import os
 import signal
 import socket
@@ -9,42 +8,31 @@ import sys
 import time
 from pathlib import Path
 
+import jax
 import uvicorn
 
 from ropewalk.checkpoint.pretrained import Pretrained, load
 from ropewalk.core.compilation import keep_programs, release_compiler_memory
 from ropewalk.core.errors import ConfigError
 from ropewalk.core.log import log
-from ropewalk.layers.lm import with_parameters
+from ropewalk.core.memory import free_memory
+from ropewalk.layers.lm import LM, with_parameters
 from ropewalk.serve import wire
-from ropewalk.serve.engine import Engine, Sizes
+from ropewalk.serve.engine import Engine
 from ropewalk.serve.generation import Host
 from ropewalk.serve.grammar import Grammars
 from ropewalk.serve.metrics import Metrics
 from ropewalk.serve.openai import Server
+from ropewalk.serve.options import Options
 from ropewalk.serve.service import Service
+from ropewalk.serve.sizes import Sizes
 
-# Most tokens of a sequence where nothing is said.
-_LENGTH = 4096
+# Most tokens of a sequence, and tokens that a draft model guesses, where nothing is said.
+_LENGTH, _DRAFTS = 4096, 4
+# Of the memory that is free when the weights are there, how much pages may take: the rest is for
+# what a step computes.
+_SHARE = 0.7
 _KEY = "ROPEWALK_API_KEY"
-
-
-@dataclasses.dataclass(frozen=True)
-class Options:
-    """As `ropewalk serve` takes them."""
-
-    model: str
-    host: str = "127.0.0.1"
-    port: int = 8000
-    name: str = ""
-    slots: int = 8
-    max_length: int = 0
-    queue: int = 256
-    api_key_file: Path | None = None
-    drain: float = 30.0
-    dtype: str = ""
-    cache: str = ""
-    trace: Path | None = None
 
 
 def launch(options: Options) -> None:
@@ -101,12 +89,30 @@ def build(options: Options, keys: tuple[str, ...] = ()) -> Server:
 
 
 def _engine(lm: Pretrained, options: Options) -> Engine:
-    longest = lm.config.longest()
-    length = options.max_length or min(longest, _LENGTH)
-    sizes = Sizes(slots=options.slots, length=length, cache=options.cache or None)
-    params = lm.params
-    lm.params = {}  # the engine makes them ready for itself
-    return Engine(with_parameters(lm.structure, params), sizes)
+    draft = load(options.draft_model, options.dtype or None) if options.draft_model else None
+    if (
+        draft is not None
+        and draft.require_tokenizer().vocabulary != lm.require_tokenizer().vocabulary
+    ):
+        raise ConfigError(
+            f"{options.draft_model} has other tokens than {options.model}, and cannot guess for "
+            "it: take a --draft-model with the same tokenizer"
+        )
+    length = options.max_length or min(lm.config.longest(), _LENGTH)
+    drafts = options.drafts or (_DRAFTS if draft is not None else 0)
+    memory = int(_SHARE * free_memory(jax.local_devices()))
+    cache = options.cache or None
+    sizes = Sizes(options.slots, length, drafts=drafts, memory=memory, cache=cache)
+    engine = Engine(_handed(lm), sizes, None if draft is None else _handed(draft))
+    held = engine.pages_bytes / 2**30
+    log.info("the cache takes %.2f GiB of %.2f that may be taken", held, memory / 2**30)
+    return engine
+
+
+def _handed(lm: Pretrained) -> LM:
+    """The model, of which nobody else keeps the weights: an engine makes them ready for itself."""
+    params, lm.params = lm.params, {}
+    return with_parameters(lm.structure, params)
 
 
 def _keys(path: Path | None) -> tuple[str, ...]:

@@ -35,6 +35,8 @@ class Metrics:
         self.preemptions = self._counter("num_preemptions", "sequences that lost their pages")
         self.prompt = self._counter("prompt_tokens", "tokens of prompts read")
         self.generated = self._counter("generation_tokens", "tokens written")
+        self.drafted = self._counter("spec_decode_num_draft_tokens", "tokens guessed ahead")
+        self.accepted = self._counter("spec_decode_num_accepted_tokens", "guesses that were right")
         self.success = Counter(
             PREFIX + "request_success", "sequences that ended", ["model_name", "finished_reason"],
             registry=self.registry,

@@ -53,7 +53,7 @@ class Packed:
 
     def _view(self, engine: Any, group: int, segments: Sequence[Segment]) -> View:
         size, span = engine.sizes.page, engine.spans[group]
-        most = engine.columns(engine.width)
+        most = engine.width
         pages = np.zeros((1, most), np.int32)
         there, owner = np.full((1, most, size), -1, np.int32), np.zeros((1, most, size), np.int32)
         place = np.full((1, self.tokens.shape[1]), engine.sizes.pages[group] * size, np.int32)

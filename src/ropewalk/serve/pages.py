@@ -28,6 +28,13 @@ def first_block(span: int | None, position: int, size: int) -> int:
     return 0 if span is None else max(position - span + 1, 0) // size
 
 
+def seen_blocks(span: int | None, length: int, run: int, size: int) -> int:
+    """Most blocks of `size` tokens that `run` queries in a row see together, in a sequence of
+    `length`; each sees its last `span` keys, or all."""
+    whole = -(-length // size)
+    return whole if span is None else min(whole, -(-(span + run - 2) // size) + 1)
+
+
 class Pool:
     """The pages 0 to count - 1 of one group, each held by any number of sequences or none.
 

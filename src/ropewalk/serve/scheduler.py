@@ -13,7 +13,7 @@ from operator import attrgetter
 from typing import Any
 
 from ropewalk.core.errors import UserError
-from ropewalk.serve.pages import Pool, first_block, keys
+from ropewalk.serve.pages import Pool, first_block, keys, seen_blocks
 from ropewalk.serve.request import Sequence, Status
 
 PRIORITY = 64
@@ -60,9 +60,7 @@ class Limits:
 
     def seen(self, group: int, length: int, run: int) -> int:
         """Most pages of a group that `run` queries in a row, in a sequence of `length`, look at."""
-        span = self.spans[group]
-        whole = self.blocks(length)
-        return whole if span is None else min(whole, self.blocks(span + run - 2) + 1)
+        return seen_blocks(self.spans[group], length, run, self.page)
 
     def held(self, group: int, length: int) -> int:
         """Most pages of a group that a sequence of up to `length` tokens holds at a time."""

@@ -106,7 +106,7 @@ class Service:
         self.engine, self.metrics = engine, metrics
         self.limits = Limits(
             sizes.slots, sizes.page, sizes.pages, engine.spans, sizes.chunk, sizes.pack,
-            engine.width, queued + sizes.slots, sizes.steps,
+            engine.width, queued + sizes.slots, sizes.lookahead,
             snapshots=4 * sizes.slots if engine.recurrent else 0,
         )  # fmt: skip
         self.scheduler = Scheduler(self.limits)
@@ -243,10 +243,8 @@ class Service:
         for chunk in begun:
             sequence, settings = chunk.sequence, chunk.sequence.payload.settings
             slot = _slot(sequence)
-            if settings.penalized:
-                self._state = self.engine.count(
-                    self._state, slot, sequence.prompt, sequence.written
-                )
+            if settings.penalized or self.engine.sizes.drafts:
+                self._state = self.engine.tell(self._state, slot, sequence.prompt, sequence.written)
             settings = dataclasses.replace(settings, written=len(sequence.written))
             places.append((chunks.index(chunk), slot, settings))
         self._state, chosen = self.engine.insert(self._state, prefix, places, bits)
@@ -287,6 +285,9 @@ class Service:
                 self._read(job, chunk, number, read, prefix)
         for i, chunk in enumerate(flight.begun):
             self._commit(chunk.sequence, [_token(first, (i,), chunk.sequence)], now)
+        if flight.rows and self.engine.sizes.drafts:
+            self.metrics.drafted.inc(int(after.guessed.sum()))
+            self.metrics.accepted.inc(int((after.guessed & after.emitted).sum()))
         for i, sequence in enumerate(flight.rows):
             steps = range(after.token.shape[0])
             tokens = [_token(after, (k, i), sequence) for k in steps if after.emitted[k, i]]

@@ -101,6 +101,18 @@ class Slots:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
+class Written:
+    """What was written so far, a row a slot."""
+
+    counts: jax.Array
+    """int32 [s, v]: how often each token was written, and `PROMPTED` more where the prompt has
+    it"""
+    tokens: jax.Array | None
+    """int32 [s, length], prompt and answer; where tokens are guessed ahead"""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class Chosen:
     """Tokens that were chosen, each [b] or [b, ...], with natural log-probabilities under the
     unmodified logits."""
@@ -112,6 +124,8 @@ class Chosen:
     ranked_logprob: jax.Array
     emitted: jax.Array
     """bool; whether the slot wrote this token"""
+    guessed: jax.Array
+    """bool; whether some token had been guessed for its place"""
 
 
 def rows(entries: Sequence[tuple[Settings, int]], count: int, vocab: int) -> Slots:
@@ -162,9 +176,8 @@ def choose(
 ) -> Chosen:
     """The next token of every slot by logits float32 [b, v].
 
-    counts int32 [s, v]: how often a token was written, and `PROMPTED` more where the prompt has it,
-    of row `at` [b]; bits uint32 [b, ceil(v / 32)] of the tokens that a grammar allows, where
-    `constrained`.
+    counts [s, v] of `Written`, of which row `at` [b]; bits uint32 [b, ceil(v / 32)] of the tokens
+    that a grammar allows, where `constrained`.
     """
 
     def chosen() -> jax.Array:
@@ -184,7 +197,28 @@ def choose(
     ranked = functools.partial(sample.best, logits, MOST_RANKED)
     which, told = jax.lax.cond(jnp.any(slots.ranked), ranked, nothing)
     score = sample.logprob(logits, token)
-    return Chosen(token, score, which, told, jnp.ones_like(slots.done))
+    yes = jnp.ones_like(slots.done)
+    return Chosen(token, score, which, told, emitted=yes, guessed=~yes)
+
+
+def moved(
+    own: Slots, written: Written, slot: jax.Array, chosen: Chosen, by: int
+) -> tuple[Slots, Written]:
+    """Rows `own` of slots int32 [b] after they wrote what was chosen for them, if it was emitted,
+    `by` positions on."""
+    on = chosen.emitted
+    token, count = jnp.where(on, chosen.token, own.token), own.count + on
+    stopped = jnp.any(own.stops == token[:, None], axis=1) | (count >= own.limit)
+    position = own.position + by * on
+    new = dataclasses.replace(
+        own, token=token, position=position, count=count, done=own.done | (on & stopped)
+    )
+    row = jnp.where(on, slot, written.counts.shape[0])
+    counts = written.counts.at[row, token].add(1, mode="drop")
+    tokens = written.tokens
+    if tokens is not None:
+        tokens = tokens.at[row, position].set(token, mode="drop")
+    return new, Written(counts, tokens)
 
 
 PROMPTED = 1 << 24

@@ -1,5 +1,6 @@
 """What an engine keeps of one sequence, taken out whole: to be sent to another engine."""
 
+import dataclasses
 import itertools
 from collections.abc import Sequence
 from typing import Any
@@ -8,7 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ropewalk.serve.engine import Engine, State
+from ropewalk.serve.engine import Engine
+from ropewalk.serve.programs import State
 
 
 def take(
@@ -37,7 +39,7 @@ def put(
         return jax.tree.map(lambda pool, x: pool.at[pages].set(x), cache, one)
 
     each = zip(engine.groups, state.caches, kept, strict=True)
-    return State([laid(*one) for one in each], state.slots, state.counts)
+    return dataclasses.replace(state, caches=[laid(*one) for one in each])
 
 
 def carried(engine: Engine, kept: Sequence[Any]) -> list[Any]:
