@@ -1,13 +1,16 @@
 """A server under twice the load it can take: are requests lost, doubled or altered, does memory
-grow, is anything left behind?
+grow, is anything compiled or left behind?
 
     python benchmarks/serve_load.py [--requests 10000] [--model DIRECTORY] [--slots 8] [--queue 32]
+    python benchmarks/serve_load.py --kills 20
 
 Starts `ropewalk serve`, asks every prompt once alone, then sends requests in bursts so that twice
 as many are open as there are slots and places in the queue: half of them as streams, three in ten
 given up at a random moment. Every whole answer must be the one that its prompt had alone; one that
-was given up must be a beginning of it; the rest are answered 429. Prints JSON. Without --model, a
-tiny model with random weights is served.
+was given up must be a beginning of it; the rest are answered 429. Before that, 1,000 requests with
+random lengths and options. `--kills` ends a server that is being asked with SIGTERM, again and
+again, and once with SIGKILL: how many ended cleanly, with every answer that had begun whole. Prints
+JSON. Without --model, a tiny model with random weights is served.
 """
 
 import argparse
@@ -15,6 +18,7 @@ import asyncio
 import json
 import random
 import re
+import signal
 import statistics
 import subprocess
 import sys
@@ -36,7 +40,11 @@ def main() -> None:
     parser.add_argument("--slots", type=int, default=8)
     parser.add_argument("--queue", type=int, default=32)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--kills", type=int, default=0)
     options = parser.parse_args()
+    if options.kills:
+        print(json.dumps(killed(options), indent=2))
+        return
     with tempfile.TemporaryDirectory() as scratch:
         model = options.model or _tiny(Path(scratch) / "model")
         log = Path(scratch) / "log"
@@ -47,6 +55,28 @@ def main() -> None:
             process.terminate()
             result_code = process.wait(timeout=60)
     print(json.dumps({**result, "exit_code_after_sigterm": result_code}, indent=2))
+
+
+def killed(options: argparse.Namespace) -> dict[str, Any]:
+    """Servers that are ended while they are asked."""
+    rng, found = random.Random(options.seed), []
+    with tempfile.TemporaryDirectory() as scratch:
+        model, log = options.model or _tiny(Path(scratch) / "model"), Path(scratch) / "log"
+        for number in range(options.kills + 1):
+            sign = signal.SIGTERM if number < options.kills else signal.SIGKILL
+            process, address = start(model, log, options.slots, options.queue)
+            load = Load(options, process.pid, address)
+            asyncio.run(load.until(process, sign, rng.uniform(0.1, 1.5)))
+            began = time.perf_counter()
+            code = process.wait(timeout=60)
+            seconds = round(time.perf_counter() - began, 2)
+            found.append({"sign": sign.name, "code": code, "s": seconds, **load.counts})
+        process, address = start(model, log, options.slots, options.queue)
+        asyncio.run(Load(options, process.pid, address).alone_again())
+        process.terminate()
+        after = process.wait(timeout=60)
+    clean = [one["code"] == 0 and not one.get("cut") for one in found[:-1]]
+    return {"clean": sum(clean), "of": options.kills, "after_sigkill": after, "each": found}
 
 
 def start(
@@ -95,13 +125,17 @@ class Load:
             for prompt in self.prompts:
                 answer = await client.post(self._url, json=self._body(prompt, False))
                 self.alone.append(answer.json()["choices"][0]["text"])
+            at_first = await self._metrics(client)
+            await self._varied(client, 1000)
+            compiled = await self._metrics(client)
             await self._burst(client, self.options.requests // 10)
             before, began = self._process(), time.perf_counter()
             self.counts.clear()
+            start = await self._metrics(client)
             await self._burst(client, self.options.requests)
             took = time.perf_counter() - began
             await asyncio.sleep(1.0)
-            metrics = (await client.get(f"{self.address}/metrics")).text
+            metrics = await self._metrics(client)
         after = self._process()
         return {
             "requests": self.options.requests,
@@ -120,12 +154,71 @@ class Load:
                 for name in ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc")
             },
             "slot_use": round(
-                _value(metrics, "engine_rows_total")
-                / max(_value(metrics, "engine_steps_total"), 1)
+                _more("engine_rows_total", start, metrics)
+                / _more("engine_steps_total", start, metrics)
                 / self.options.slots,
                 3,
             ),
+            "compiled_by_1000_varied": _more("engine_programs", at_first, compiled),
+            "compiled_by_load": _more("engine_programs", compiled, metrics),
         }
+
+    async def until(self, process: subprocess.Popen[bytes], sign: int, after_s: float) -> None:
+        """Asks without a pause, and ends the server after some time: `whole` answers, those that
+        were `cut`, and those that were `refused` since they came too late."""
+        limits = httpx.Limits(max_connections=None)
+        async with httpx.AsyncClient(limits=limits, timeout=60) as client:
+            tasks = [asyncio.create_task(self._again(client)) for _ in range(self.options.slots)]
+            await asyncio.sleep(after_s)
+            process.send_signal(sign)
+            await asyncio.gather(*tasks)
+
+    async def _again(self, client: httpx.AsyncClient) -> None:
+        while True:
+            body, begun = self._body(self.rng.choice(self.prompts), True), False
+            try:
+                async with client.stream("POST", self._url, json=body) as answer:
+                    begun = answer.status_code == 200
+                    lines = [line async for line in answer.aiter_lines()]
+            except httpx.TransportError:
+                self._count("cut" if begun else "refused")
+                return
+            whole = "data: [DONE]" in lines and not any('{"error"' in line for line in lines)
+            self._count("whole" if whole else "cut" if begun else "refused")
+            if not begun:
+                return
+
+    async def alone_again(self) -> None:
+        """One request. Raises for an answer that is none."""
+        async with httpx.AsyncClient(timeout=60) as client:
+            (await client.post(self._url, json=self._body("rope", False))).raise_for_status()
+
+    async def _metrics(self, client: httpx.AsyncClient) -> str:
+        return (await client.get(f"{self.address}/metrics")).text
+
+    async def _varied(self, client: httpx.AsyncClient, count: int) -> None:
+        """Requests with random lengths and options, as many at a time as are taken."""
+        rng, gate = self.rng, asyncio.Semaphore(self.options.slots + self.options.queue // 4)
+
+        async def one() -> None:
+            body: dict[str, Any] = {
+                **self._body("x" * rng.randint(1, 150), rng.random() < 0.5),
+                "max_tokens": rng.randint(1, 40), "temperature": rng.choice([0, 0.7, 1.5]),
+                "seed": rng.randrange(2**32), "n": rng.choice([1, 1, 1, 2, 3]),
+            }  # fmt: skip
+            more: dict[str, Any] = {
+                "top_p": 0.9, "top_k": 20, "min_p": 0.05, "presence_penalty": 0.5,
+                "frequency_penalty": 0.5, "repetition_penalty": 1.2, "logit_bias": {"70": 5},
+                "logprobs": 3, "stop": ["ab"], "echo": True, "ignore_eos": True,
+                "response_format": {"type": "regex", "regex": "[a-z ]{5,30}"},
+            }  # fmt: skip
+            body |= {name: more[name] for name in more if rng.random() < 0.25}
+            async with gate:
+                answer = await client.post(self._url, json=body)
+            if answer.status_code != 200:
+                raise SystemExit(f"{body}: {answer.status_code} {answer.text}")
+
+        await asyncio.gather(*[one() for _ in range(count)])
 
     async def _burst(self, client: httpx.AsyncClient, count: int) -> None:
         """Twice as many at a time as the server takes, in bursts."""
@@ -222,6 +315,10 @@ class Load:
 def _value(metrics: str, name: str) -> float:
     found = re.search(rf"^ropewalk:{name}\{{[^}}]*\}} (\S+)$", metrics, re.M)
     return float(found[1]) if found else float("nan")
+
+
+def _more(name: str, before: str, after: str) -> float:
+    return _value(after, name) - _value(before, name)
 
 
 if __name__ == "__main__":

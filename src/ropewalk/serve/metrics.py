@@ -51,11 +51,13 @@ class Metrics:
         self.decode = self._histogram("request_decode_time_seconds", "of writing", _SECONDS)
         self.steps = self._counter("engine_steps", "steps sent to the device")
         self.rows = self._counter("engine_rows", "slots that wrote, summed over steps")
+        self.programs = self._gauge("engine_programs", "compiled so far")
         self.host = self._counter("engine_host_seconds", "planning and sending of steps")
         self._seen = [0, 0, 0]
 
-    def step(self, scheduler: Any, plan: Any, seconds: float) -> None:
+    def step(self, scheduler: Any, plan: Any, programs: int, seconds: float) -> None:
         """After every step of the engine."""
+        self.programs.set(programs)
         self.running.set(scheduler.running)
         self.waiting.set(scheduler.waiting)
         self.usage.set(scheduler.usage)

@@ -169,7 +169,8 @@ class Service:
                 self._profile(sent is not None)
                 self._land(flight)
                 flight = sent
-                self.metrics.step(self.scheduler, plan, time.perf_counter() - started)
+                took = time.perf_counter() - started
+                self.metrics.step(self.scheduler, plan, self.engine.programs(), took)
             except Exception:
                 log.exception("a step failed; the device's state is made anew")
                 flight = None
