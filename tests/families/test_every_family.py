@@ -192,12 +192,20 @@ def test_remat_changes_no_gradient(name, way):
     _same_gradient(name, gradient(name, "options", *way))
 
 
-# Between them these cut every dimension that any table cuts.
+# Between them these cut every dimension that any table cuts; of the others one a family.
 GRADIENT_RULES = ("fsdp_tensor", "fsdp_expert")
 
 
-@pytest.mark.parametrize("rules", [rules for rules in RULES if rules not in GRADIENT_RULES])
-@family
+@pytest.mark.parametrize(
+    ("name", "rules"),
+    list(
+        zip(
+            models.families(),
+            itertools.cycle(rules for rules in RULES if rules not in GRADIENT_RULES),
+            strict=False,
+        )
+    ),
+)
 def test_eight_devices_have_the_loss_of_one(name, rules):
     loss, _ = gradient(name, "options")
     found = _on_eight(name, rules, lambda loss: loss)
