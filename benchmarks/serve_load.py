@@ -128,10 +128,10 @@ class Load:
             at_first = await self._metrics(client)
             await self._varied(client, 1000)
             compiled = await self._metrics(client)
+            used = await self._saturated(client)
             await self._burst(client, self.options.requests // 10)
             before, began = self._process(), time.perf_counter()
             self.counts.clear()
-            start = await self._metrics(client)
             await self._burst(client, self.options.requests)
             took = time.perf_counter() - began
             await asyncio.sleep(1.0)
@@ -153,12 +153,7 @@ class Load:
                 name: _value(metrics, name)
                 for name in ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc")
             },
-            "slot_use": round(
-                _more("engine_rows_total", start, metrics)
-                / _more("engine_steps_total", start, metrics)
-                / self.options.slots,
-                3,
-            ),
+            "slot_use_when_saturated": round(used, 3),
             "compiled_by_1000_varied": _more("engine_programs", at_first, compiled),
             "compiled_by_load": _more("engine_programs", compiled, metrics),
         }
@@ -196,6 +191,23 @@ class Load:
     async def _metrics(self, client: httpx.AsyncClient) -> str:
         return (await client.get(f"{self.address}/metrics")).text
 
+    async def _saturated(self, client: httpx.AsyncClient) -> float:
+        """The part of all slots that write in a step, while more sequences wait."""
+        body = {**self._body("rope", False), "max_tokens": 128, "ignore_eos": True}
+        many = self.options.slots + self.options.queue
+        tasks = [asyncio.create_task(client.post(self._url, json=body)) for _ in range(many)]
+        seen: list[str] = []
+        while not all(task.done() for task in tasks):
+            now = await self._metrics(client)
+            if _value(now, "num_requests_waiting"):
+                seen.append(now)
+            await asyncio.sleep(0.02)
+        await asyncio.gather(*tasks)
+        rows, steps = (
+            _more(f"engine_{name}_total", seen[0], seen[-1]) for name in ("rows", "steps")
+        )
+        return rows / steps / self.options.slots
+
     async def _varied(self, client: httpx.AsyncClient, count: int) -> None:
         """Requests with random lengths and options, as many at a time as are taken."""
         rng, gate = self.rng, asyncio.Semaphore(self.options.slots + self.options.queue // 4)
@@ -210,11 +222,16 @@ class Load:
                 "top_p": 0.9, "top_k": 20, "min_p": 0.05, "presence_penalty": 0.5,
                 "frequency_penalty": 0.5, "repetition_penalty": 1.2, "logit_bias": {"70": 5},
                 "logprobs": 3, "stop": ["ab"], "echo": True, "ignore_eos": True,
-                "response_format": {"type": "regex", "regex": "[a-z ]{5,30}"},
             }  # fmt: skip
             body |= {name: more[name] for name in more if rng.random() < 0.25}
+            url = self._url
+            if rng.random() < 0.2:
+                form = {"type": "regex", "regex": "[a-z ]{5,30}"}
+                body |= {"response_format": form, "logprobs": True, "max_tokens": 40}
+                body["messages"] = [{"role": "user", "content": body.pop("prompt")}]
+                url = f"{self.address}/v1/chat/completions"
             async with gate:
-                answer = await client.post(self._url, json=body)
+                answer = await client.post(url, json=body)
             if answer.status_code != 200:
                 raise SystemExit(f"{body}: {answer.status_code} {answer.text}")
 
@@ -238,52 +255,48 @@ class Load:
         streams, leaves = self.rng.random() < 0.5, chance < 0.3
         body = self._body(self.prompts[which], streams)
         patience = self.rng.uniform(0, 0.3) if leaves else 300
+        ask = self._streamed if streams else self._whole
         try:
             async with asyncio.timeout(patience):
-                ask = self._streamed if streams else self._whole
-                await ask(client, body, self.alone[which])
+                outcome = await ask(client, body, self.alone[which])
         except TimeoutError:
-            self._count("given up")
+            outcome = "given up"
         except (httpx.TransportError, ValueError) as error:
-            self._count(f"failed: {type(error).__name__}")
+            outcome = f"failed: {type(error).__name__}"
+        self._count(outcome)
 
-    async def _whole(self, client: httpx.AsyncClient, body: dict[str, Any], wanted: str) -> None:
+    async def _whole(self, client: httpx.AsyncClient, body: dict[str, Any], wanted: str) -> str:
         answer = await client.post(self._url, json=body)
-        if self._served(answer):
-            self._check(answer.json()["choices"][0]["text"], wanted, whole=True)
+        refused = self._refused(answer)
+        return refused or self._checked(answer.json()["choices"][0]["text"], wanted)
 
-    async def _streamed(self, client: httpx.AsyncClient, body: dict[str, Any], wanted: str) -> None:
+    async def _streamed(self, client: httpx.AsyncClient, body: dict[str, Any], wanted: str) -> str:
         text, began = "", time.perf_counter()
         async with client.stream("POST", self._url, json=body) as answer:
-            if not self._served(answer):
-                return
+            if refused := self._refused(answer):
+                return refused
             async for line in answer.aiter_lines():
-                if line == "data: [DONE]":
-                    self._check(text, wanted, whole=True)
-                elif line.startswith('data: {"error"'):
-                    self._count(f"failed: {line}")
-                    return
-                elif line.startswith("data: "):
+                if line.startswith('data: {"error"'):
+                    return f"failed: {line}"
+                if line.startswith("data: {"):
                     if not text:
                         self.first.append(time.perf_counter() - began)
                     text += json.loads(line[6:])["choices"][0]["text"]
-                    if not wanted.startswith(text):
-                        self._check(text, wanted, whole=False)
+                    if not wanted.startswith(text):  # also of one that is given up later
+                        self.altered.append([text, wanted])
+        return self._checked(text, wanted)
 
-    def _served(self, answer: httpx.Response) -> bool:
+    def _refused(self, answer: httpx.Response) -> str:
         if answer.status_code == 200:
-            return True
+            return ""
         told = answer.status_code == 429 and "retry-after" in answer.headers
-        self._count("429" if told else f"status {answer.status_code}")
-        return False
+        return "429" if told else f"status {answer.status_code}"
 
-    def _check(self, text: str, wanted: str, whole: bool) -> None:
+    def _checked(self, text: str, wanted: str) -> str:
         if text == wanted:
-            self._count("answered")
-        else:
-            self.altered.append([text, wanted])
-            if whole:
-                self._count("altered")
+            return "answered"
+        self.altered.append([text, wanted])
+        return "altered"
 
     def _count(self, outcome: str) -> None:
         self.counts[outcome] = self.counts.get(outcome, 0) + 1

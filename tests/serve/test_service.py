@@ -1,8 +1,13 @@
 """What the engine's thread does when something fails: the request at fault ends, and no other."""
 
+import time
+from typing import Any
+
 import openai
 import pytest
 
+from ropewalk.serve.asked import Completion
+from ropewalk.serve.generation import Generation
 from ropewalk.serve.launch import build
 from tests.serve.tiny_server import options, serving, tiny_model
 
@@ -52,9 +57,22 @@ def test_a_grammar_that_fails_ends_its_own_request_alone(client, server, monkeyp
     assert service.scheduler.idle and service.scheduler.usage == 0
 
 
+@pytest.mark.usefixtures("address")
+def test_an_answer_that_nobody_reads_is_ended(server):
+    """As where a client leaves before the first word is asked for."""
+    host = server.host
+    asked = Completion.model_validate({"model": "tiny", "prompt": "abc", "ignore_eos": True})
+    jobs = host.jobs(asked, [(1, 2, 3)], [host.length - 3])
+    Generation(host, jobs, host.answers(asked, jobs))
+    while not host.service.scheduler.idle or not jobs[0].sequence.reason:
+        time.sleep(0.01)
+    assert jobs[0].sequence.reason == "cancelled"
+
+
 def test_a_server_that_guesses_answers_the_same(client, server, tmp_path):
     """Whole, as a stream with log-probabilities, under a grammar, stopped in the middle, and
     beside each other; a model that guesses for itself is always right."""
+    wanted = client.completions.create(**ASKED).choices[0].text
     directory = tiny_model(tmp_path / "model")
     guessing = build(options(directory, drafts=3, draft_model=str(directory)))
     made = guessing.host.service.engine.programs()
@@ -64,13 +82,23 @@ def test_a_server_that_guesses_answers_the_same(client, server, tmp_path):
             {"max_tokens": 40},
             {"max_tokens": 37, "temperature": 1.0, "seed": 4, "presence_penalty": 0.5},
             {"max_tokens": 20, "logprobs": 2, "n": 3, "temperature": 0.7, "seed": 1},
-            {"max_tokens": 30, "extra_body": {"structured_outputs": {"regex": "[a-c]{9,20}"}}},
+            {"max_tokens": 60, "stop": wanted[5:8], "logprobs": 0},
         ):
             both = [
                 each.completions.create(**{**ASKED, **asked}).choices for each in (client, other)
             ]
             assert [one.text for one in both[0]] == [one.text for one in both[1]]
             assert [one.finish_reason for one in both[0]] == [one.finish_reason for one in both[1]]
+            told = [[one.logprobs.tokens if one.logprobs else None for one in c] for c in both]
+            assert told[0] == told[1]
+        held: list[Any] = [
+            each.chat.completions.create(
+                model="tiny", messages=[{"role": "user", "content": "x"}], temperature=0,
+                response_format={"type": "regex", "regex": "[a-c]{9,20}"},  # pyright: ignore[reportArgumentType]
+            ).choices[0].message.content
+            for each in (client, other)
+        ]  # fmt: skip
+        assert held[0] == held[1] and set(held[0]) <= set("abc")
         metrics = guessing.host.metrics
         drafted = metrics.value("spec_decode_num_draft_tokens_total")
         accepted = metrics.value("spec_decode_num_accepted_tokens_total")

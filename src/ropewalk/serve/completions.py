@@ -9,7 +9,7 @@ from typing import Any
 from fastapi import Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 
-from ropewalk.serve.asked import BadRequest, Completion
+from ropewalk.serve.asked import Completion
 from ropewalk.serve.door import error
 from ropewalk.serve.generation import Answer, Failed, Generation, Host, attended
 from ropewalk.serve.text import completion_logprobs
@@ -22,12 +22,6 @@ async def completions(host: Host, asked: Completion, request: Request) -> Respon
     """The answers, whole or as a stream. Raises BadRequest."""
     host.check_model(asked.model)
     prompts = await host.prompts(asked.prompt, "prompt")
-    if len(prompts) * (asked.n or 1) > host.service.limits.queue:
-        raise BadRequest(
-            f"{len(prompts)} prompts with {asked.n or 1} answers each; the server queues "
-            f"{host.service.limits.queue} at most: send several requests",
-            "prompt",
-        )
     wanted = _NEW if asked.max_tokens is None else max(asked.max_tokens, 1)
     rooms = [host.room(prompt, wanted) for prompt in prompts]
     ranked, scored = bool(asked.logprobs), asked.logprobs is not None and bool(asked.echo)

@@ -146,7 +146,15 @@ class Host:
         ranked: bool = False,
         scored: bool = False,
     ) -> list[Job]:
-        """One job an answer, `n` for every prompt, that share a queue."""
+        """One job an answer, `n` for every prompt, that share a queue. Raises BadRequest for more
+        than ever may wait."""
+        count, most = len(prompts) * (asked.n or 1), self.service.limits.queue
+        if count > most:
+            raise BadRequest(
+                f"{count} answers are asked for at once ({len(prompts)} prompts, {asked.n or 1} "
+                f"each); the server queues {most} at most: send several requests",
+                "n" if len(prompts) == 1 else "prompt",
+            )
         events: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
         ends, jobs = self.tokenizer.eos_ids, []
         drawn = secrets.randbits(32)
@@ -214,9 +222,15 @@ class Generation:
     """The answers of one request, while they are written."""
 
     def __init__(self, host: Host, jobs: list[Job], answers: list[Answer]):
-        self.host, self.jobs, self.answers = host, jobs, answers
-        self._events = jobs[0].events
+        self.host, self._events = host, jobs[0].events
+        self.jobs: list[Job] = []
+        self.answers: list[Answer] = []
         host.service.submit(jobs)
+        self.jobs, self.answers = jobs, answers
+
+    def __del__(self) -> None:
+        # A client may leave before anybody asks for the first step.
+        self.close()
 
     def close(self) -> None:
         """Ends what is still being written."""
@@ -237,18 +251,24 @@ class Generation:
                 yield step
 
     def _step(self, index: int, answer: Answer, event: Event) -> Step | None:
-        tokens, pieces, rest = [], [], ""
+        tokens: list[Token] = []
+        pieces: list[str] = []
+        rest = ""
         match event:
-            case Read(tokens):
-                answer.prompt = tokens
+            case Read(read):
+                answer.prompt = read
                 return None
             case Ended("error" | "cancelled", message):
                 raise Failed(message or "the request was cancelled")
             case Ended(reason):
                 rest = answer.writer.finish()
                 answer.reason = "stop" if answer.writer.stopped else reason
-            case list(tokens):
-                pieces = [answer.writer.feed(token.id) for token in tokens]
+            case list(written):
+                for token in written:
+                    pieces.append(answer.writer.feed(token.id))
+                    tokens.append(token)
+                    if answer.writer.stopped:
+                        break
                 answer.tokens += tokens
                 if answer.writer.stopped:
                     answer.reason = "stop"
