@@ -293,6 +293,11 @@ def test_nothing_is_compiled_while_serving(client, server):
             temperature=float(rng.choice([0, 0.5, 1.0])), top_p=float(rng.uniform(0.1, 1)),
             extra_body={"top_k": int(rng.integers(0, 100))}, **more,
         )  # fmt: skip
+    for regex in ("[ab]{3,9}", "x+"):
+        client.chat.completions.create(
+            model="tiny", messages=[{"role": "user", "content": "x"}], n=3, max_tokens=9,
+            response_format={"type": "regex", "regex": regex},  # pyright: ignore[reportArgumentType]
+        )  # fmt: skip
     assert engine.programs() == before
 
 

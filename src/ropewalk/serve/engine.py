@@ -268,7 +268,8 @@ class Engine:
         if bits is None:
             return self._everything[count], np.False_
         rest = np.repeat(bits[:1], count - len(bits), axis=0)
-        return np.concatenate([bits, rest]), np.True_
+        # On the device already, as the others are: else it is another signature.
+        return jax.device_put(np.concatenate([bits, rest])), np.True_
 
     def _shardings(self) -> State | None:
         """Pools [p, k, size, ...] lie as the heads of keys do; everything else on every device."""
