@@ -296,7 +296,7 @@ def test_nothing_is_compiled_while_serving(client, server):
     for regex in ("[ab]{3,9}", "x+"):
         client.chat.completions.create(
             model="tiny", messages=[{"role": "user", "content": "x"}], n=3, max_tokens=9,
-            response_format={"type": "regex", "regex": regex},  # pyright: ignore[reportArgumentType]
+            response_format={"type": "regex", "regex": regex},
         )  # fmt: skip
     assert engine.programs() == before
 
