@@ -144,7 +144,8 @@ def perplexity(logprobs: np.ndarray) -> float:
 
 
 def rewritten(source: Path, target: Path, dtype: Any) -> None:
-    """Writes the same model with its matrices in `dtype`, and its vectors in float32."""
+    """Writes the same model with its matrices in `dtype`, of numpy or "Q8_0", and its vectors in
+    float32."""
     import gguf  # their Python has none
 
     reader = gguf.GGUFReader(source)
@@ -158,8 +159,12 @@ def rewritten(source: Path, target: Path, dtype: Any) -> None:
     for tensor in reader.tensors:
         shape = tuple(reversed(tensor.shape.tolist()))
         values = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
-        kind = dtype if len(shape) > 1 else np.float32
-        writer.add_tensor(tensor.name, values.reshape(shape).astype(kind))
+        kind, values = dtype if len(shape) > 1 else np.float32, values.reshape(shape)
+        if kind == "Q8_0":
+            packed = gguf.GGMLQuantizationType.Q8_0
+            writer.add_tensor(tensor.name, gguf.quants.quantize(values, packed), raw_dtype=packed)
+        else:
+            writer.add_tensor(tensor.name, values.astype(kind))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

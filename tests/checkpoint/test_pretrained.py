@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 
@@ -13,6 +14,9 @@ from ropewalk import models
 from ropewalk.checkpoint.pretrained import Pretrained
 from ropewalk.core.errors import ModelError, UserError
 from ropewalk.layers.decode import Sampling
+from ropewalk.parallel import mesh
+from ropewalk.parallel.axes import Placement, shardings
+from ropewalk.parallel.rules import RULES
 from tests.families.tiny import SIZES, tiny
 
 
@@ -108,3 +112,17 @@ def test_what_no_optimizer_touches_stays_as_exact_as_it_was(tmp_path: Path) -> N
     for path in biases:
         for found in (narrow, back):
             np.testing.assert_array_equal(found.params[path], exact.params[path])
+
+
+def test_weights_are_read_to_where_they_lie(tmp_path: Path) -> None:
+    """Spread over eight devices by a table of rules, with the values of one."""
+    devices, rules = jax.devices(), "fsdp_tensor"
+    sizes = mesh.default_sizes(rules, len(devices))
+    placement = Placement(mesh.build(sizes, devices), RULES[rules])
+    model().save(tmp_path / "model")
+    one = ropewalk.load(tmp_path / "model")
+    spread = ropewalk.load(tmp_path / "model", placement=placement)
+    for path, place in shardings(tiny("llama").table, placement).items():
+        assert spread.params[path].sharding == place
+        np.testing.assert_array_equal(spread.params[path], one.params[path], err_msg=path)
+    assert not spread.params["embed.weight"].sharding.is_fully_replicated

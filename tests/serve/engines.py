@@ -38,8 +38,8 @@ class Desk:
         self.tables: dict[int, list[list[int]]] = {}
 
     def table(self, blocks: int | None = None) -> list[list[int]]:
-        """Pages for a whole sequence, in every group."""
-        count = self.engine.blocks if blocks is None else blocks
+        """Pages for a sequence of up to 52 tokens, in every group; none is ever given back."""
+        count = min(self.engine.blocks, 13) if blocks is None else blocks
         made = [[next(fresh) for _ in range(count)] for fresh in self._fresh]
         assert all(own[-1] < most for own, most in zip(made, self.engine.sizes.pages, strict=True))
         return made

@@ -76,7 +76,7 @@ def test_a_beginning_that_is_cached_is_not_read_again(made):
     desk = Desk(made)
     shared = desk.table(2)
     carry = desk.prefill(Segment(start, 0, shared)).carries[0]
-    own = [[a + b for a, b in zip(shared, desk.table(14), strict=True)] for _ in ends]
+    own = [[a + b for a, b in zip(shared, desk.table(11), strict=True)] for _ in ends]
     segments = [Segment(end, 8, table, carry) for end, table in zip(ends, own, strict=True)]
     prefix = desk.prefill(*segments)
     first = desk.insert(prefix, (0, 0, Settings(limit=NEW)), (1, 1, Settings(limit=NEW)))
@@ -95,7 +95,7 @@ def test_one_prompt_is_sampled_several_times(made):
     prefix, table = desk.read(one)
     tables = [table]
     for _ in range(2):
-        own = desk.table(14)
+        own = desk.table(9)
         for group, pages in enumerate(own):
             desk.state = made.copy(desk.state, group, table[group][2], pages[0])
         tables.append([t[:2] + pages for t, pages in zip(table, own, strict=True)])

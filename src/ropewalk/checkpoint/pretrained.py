@@ -21,6 +21,7 @@ from ropewalk.core.errors import CheckpointError, ConfigError, ModelError
 from ropewalk.core.log import log
 from ropewalk.layers.decode import Decoder, Sampling
 from ropewalk.layers.lm import held, parameters, table, with_parameters
+from ropewalk.parallel.axes import Placement, shardings
 from ropewalk.text import parts
 from ropewalk.text import tokenizer as tokenizers
 from ropewalk.text.interface import StreamDecoder, Tokenizer, checked
@@ -210,13 +211,15 @@ class Source:
     tokenizer: Callable[[], Tokenizer | None]
 
 
-def load(source: str | os.PathLike[str], dtype: str | None = None) -> Pretrained:
+def load(
+    source: str | os.PathLike[str], dtype: str | None = None, placement: Placement | None = None
+) -> Pretrained:
     """The model that `source` names: a Hugging Face directory, a run or one of its checkpoints, a
     GGUF file, or a preset.
 
     `dtype` is float32, bfloat16 or float16; by default that of the file (float32 for GGUF and for a
-    preset, whose weights are random with seed 0). Raises a UserError when it is none of these, or
-    unsound.
+    preset, whose weights are random with seed 0). The weights lie on the first device, or spread as
+    `placement` says. Raises a UserError when it is none of these, or unsound.
     """
     asked = None if dtype is None else str(dtypes.parse(dtype))
     found = find(source)
@@ -225,7 +228,8 @@ def load(source: str | os.PathLike[str], dtype: str | None = None) -> Pretrained
     except ConfigError as error:
         file = Path(source) / hf.CONFIG
         raise ModelError(f"{file}: {error}, or name another with --dtype") from None
-    params = found.read(kept, None)
+    place = placement and shardings(table(abstract(*found.named)), placement)
+    params = found.read(kept, place)
     return Pretrained(*found.named, params, found.tokenizer(), str(source))
 
 
@@ -324,10 +328,10 @@ def _gguf(path: Path) -> Source:
 
 
 def _reading(named: models.Named, reader: readers.Reader) -> Any:
-    def read(dtype: str, shardings: Place) -> dict[str, jax.Array]:
+    def read(dtype: str, place: Place) -> dict[str, jax.Array]:
         rules, specs = named.family.WEIGHTS, table(abstract(*named))
         unused = named.config.unused()
-        return weights.load_into(reader, rules, specs, shardings, dtype, unused)
+        return weights.load_into(reader, rules, specs, place, dtype, unused)
 
     return read
 
@@ -368,12 +372,10 @@ def _checkpoint(candidates: list[Path]) -> Source:
     def arrays(step: Path) -> dict[str, np.ndarray]:
         return manager.read_arrays(step, "params") | manager.read_arrays(step, "frozen")
 
-    def read(dtype: str, shardings: Place) -> dict[str, jax.Array]:
+    def read(dtype: str, place: Place) -> dict[str, jax.Array]:
         found, specs = _first_good(candidates, arrays), table(abstract(*named))
         return {
-            path: jax.device_put(
-                array.astype(specs[path].held_in(dtype)), shardings and shardings[path]
-            )
+            path: jax.device_put(array.astype(specs[path].held_in(dtype)), place and place[path])
             for path, array in found.items()
         }
 
@@ -386,11 +388,11 @@ def _checkpoint(candidates: list[Path]) -> Source:
 def _preset(name: str) -> Source:
     named = models.presets()[name]
 
-    def read(dtype: str, shardings: Place) -> dict[str, jax.Array]:
+    def read(dtype: str, place: Place) -> dict[str, jax.Array]:
         def make() -> dict[str, jax.Array]:
             model = named.family.Model(named.config, rngs=nnx.Rngs(0))
             return held(parameters(model), table(model), dtype)
 
-        return jax.jit(make, out_shardings=shardings)()
+        return jax.jit(make, out_shardings=place)()
 
     return Source("preset", named, {}, "float32", read, lambda: None)

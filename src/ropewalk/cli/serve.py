@@ -27,6 +27,9 @@ def serve(
     queue: Annotated[
         int, typer.Option(min=1, help="sequences that may wait; more are answered 429")
     ] = Options.queue,
+    rules: Annotated[
+        str, typer.Option(help="spreads the model over all devices, as in training: e.g. tensor")
+    ] = Options.rules,
     drafts: Annotated[
         int,
         typer.Option(
@@ -60,7 +63,7 @@ def serve(
 
     launch(
         Options(
-            model, host, port, name, slots, max_length, queue, drafts, draft_model, api_key_file,
-            drain, dtype, cache, trace,
+            model, host, port, name, slots, max_length, queue, rules, drafts, draft_model,
+            api_key_file, drain, dtype, cache, trace,
         )
     )  # fmt: skip

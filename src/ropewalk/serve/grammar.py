@@ -8,6 +8,7 @@ So each is compiled on trial first, in a process that may die of it (`python -m`
 import dataclasses
 import json
 import os
+import re
 import resource
 import signal
 import subprocess
@@ -35,6 +36,7 @@ LIMITS = {"max_lexer_states": 20_000, "max_items_in_row": 10_000, "verbose_error
 
 # Otherwise a model can write blanks up to the end of its tokens.
 _JSON_STYLE = {"whitespace_pattern": r"[\x20\x0A\x0D\x09]{1,64}"}
+_QUOTED = re.compile(r"\d+ \||\^+$")  # a line of the grammar, or what points into one
 _DEATHS = {
     signal.SIGPROF: f"takes more than {COMPILE_S} s to compile",
     signal.SIGALRM: "takes too long to compile",
@@ -389,8 +391,9 @@ def _reason(matcher: llguidance.LLMatcher) -> str:
         return "no text fits"
     if told.startswith("oneOf"):
         return "oneOf is supported where its parts differ by the text of a required key; use anyOf"
-    short = (line.strip() for line in told.splitlines() if len(line) < 200)  # not all of the text
-    return " ".join(short)[:500] or told[:200]
+    told = re.sub(r"^at \d+\(\d+\): ", "", told)  # of a text that nobody outside knows
+    lines = (line.strip() for line in told.splitlines() if len(line) < 200)
+    return " ".join(line for line in lines if not _QUOTED.match(line))[:500] or told[:200]
 
 
 def _peak_bytes() -> int:

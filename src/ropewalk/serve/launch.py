@@ -13,10 +13,13 @@ import uvicorn
 
 from ropewalk.checkpoint.pretrained import Pretrained, load
 from ropewalk.core.compilation import keep_programs, release_compiler_memory
-from ropewalk.core.errors import ConfigError
+from ropewalk.core.errors import ConfigError, LayoutError
 from ropewalk.core.log import log
 from ropewalk.core.memory import free_memory
 from ropewalk.layers.lm import LM, with_parameters
+from ropewalk.parallel import mesh
+from ropewalk.parallel.axes import Placement
+from ropewalk.parallel.rules import RULES
 from ropewalk.serve import wire
 from ropewalk.serve.engine import Engine
 from ropewalk.serve.generation import Host
@@ -72,10 +75,11 @@ def launch(options: Options) -> None:
 
 def build(options: Options, keys: tuple[str, ...] = ()) -> Server:
     """The server of a model, its programs compiled."""
-    lm = load(options.model, options.dtype or None)
+    placement = _placement(options.rules)
+    lm = load(options.model, options.dtype or None, placement)
     tokenizer = lm.require_tokenizer()
     name = options.name or Path(options.model.rstrip("/")).stem
-    engine = _engine(lm, options)
+    engine = _engine(lm, options, placement)
     started = time.monotonic()
     for done, total in engine.warm():
         _progress(f"compiling programs: {done} of {total}, {time.monotonic() - started:.0f} s")
@@ -88,25 +92,40 @@ def build(options: Options, keys: tuple[str, ...] = ()) -> Server:
     return Server(host, keys, options.drain)
 
 
-def _engine(lm: Pretrained, options: Options) -> Engine:
-    draft = load(options.draft_model, options.dtype or None) if options.draft_model else None
-    if (
-        draft is not None
-        and draft.require_tokenizer().vocabulary != lm.require_tokenizer().vocabulary
-    ):
+def _placement(rules: str) -> Placement | None:
+    """Raises LayoutError for rules that there are not."""
+    if not rules:
+        return None
+    if rules not in RULES:
+        raise LayoutError(f"--rules {rules}: use {', '.join(RULES)}, or none for one device")
+    devices = jax.devices()
+    return Placement(mesh.build(mesh.default_sizes(rules, len(devices)), devices), RULES[rules])
+
+
+def _engine(lm: Pretrained, options: Options, placement: Placement | None) -> Engine:
+    draft = _draft(lm, options, placement)
+    length = options.max_length or min(lm.config.longest(), _LENGTH)
+    drafts = options.drafts or (_DRAFTS if draft is not None else 0)
+    memory = int(_SHARE * free_memory(jax.local_devices() if placement else jax.devices()[:1]))
+    cache = options.cache or None
+    sizes = Sizes(options.slots, length, drafts=drafts, memory=memory, cache=cache)
+    engine = Engine(_handed(lm), sizes, draft)
+    held = engine.pages_bytes / 2**30
+    log.info("the cache takes %.2f GiB of %.2f that may be taken", held, memory / 2**30)
+    return engine
+
+
+def _draft(lm: Pretrained, options: Options, placement: Placement | None) -> LM | None:
+    """The model that guesses ahead, if there is one. Raises ConfigError for other tokens."""
+    if not options.draft_model:
+        return None
+    draft = load(options.draft_model, options.dtype or None, placement)
+    if draft.require_tokenizer().vocabulary != lm.require_tokenizer().vocabulary:
         raise ConfigError(
             f"{options.draft_model} has other tokens than {options.model}, and cannot guess for "
             "it: take a --draft-model with the same tokenizer"
         )
-    length = options.max_length or min(lm.config.longest(), _LENGTH)
-    drafts = options.drafts or (_DRAFTS if draft is not None else 0)
-    memory = int(_SHARE * free_memory(jax.local_devices()))
-    cache = options.cache or None
-    sizes = Sizes(options.slots, length, drafts=drafts, memory=memory, cache=cache)
-    engine = Engine(_handed(lm), sizes, None if draft is None else _handed(draft))
-    held = engine.pages_bytes / 2**30
-    log.info("the cache takes %.2f GiB of %.2f that may be taken", held, memory / 2**30)
-    return engine
+    return _handed(draft)
 
 
 def _handed(lm: Pretrained) -> LM:

@@ -15,6 +15,7 @@ class Options:
     slots: int = 8
     max_length: int = 0
     queue: int = 256
+    rules: str = ""
     drafts: int = 0
     draft_model: str = ""
     api_key_file: Path | None = None
