@@ -248,7 +248,6 @@ def test_what_cannot_be_is_refused(llama):
     ("family", "rules"),
     [
         ("llama", "tensor"),
-        ("llama", "fsdp_tensor"),
         ("qwen3_next", "fsdp_tensor"),
         ("mixtral", "fsdp_expert"),
     ],
