@@ -1,6 +1,7 @@
 """Tokens guessed ahead: the text is the one that is written without, in fewer steps."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +10,7 @@ import pytest
 
 from ropewalk.core.errors import ModelError
 from ropewalk.layers import cache as caches
+from ropewalk.serve.engine import Engine
 from ropewalk.serve.lookup import lookup
 from ropewalk.serve.slots import Settings
 from tests.serve.engines import SIZES, Desk, engine, model, solo
@@ -36,65 +38,60 @@ def prompt(seed: int, length: int) -> list[int]:
 
 
 # Attention that sees everything, and layers of it beside a window.
-@pytest.fixture(scope="module", params=["llama", "gemma2"])
-def name(request):
-    return request.param
+family = pytest.mark.parametrize("name", ["llama", "gemma2"])
 
 
-@pytest.fixture(scope="module")
-def plain(name):
-    return engine(name)
+@functools.cache
+def made(name: str, how: str = "") -> Engine:
+    """Without guesses; by a look back; by the same model; by another one."""
+    draft = {"itself": (name,), "another": ("llama", "every")}.get(how)
+    return engine(name, sizes=GUESSING if how else SIZES, draft=draft and model(*draft))
 
 
-@pytest.fixture(scope="module")
-def made(name):
-    return {
-        "lookup": engine(name, sizes=GUESSING),
-        "itself": engine(name, sizes=GUESSING, draft=model(name)),
-        "another": engine(name, sizes=GUESSING, draft=model("llama", "every")),
-    }
-
-
+@family
 @pytest.mark.parametrize("how", ["lookup", "itself", "another"])
 @pytest.mark.parametrize("settings", SETTINGS, ids=["greedy", "drawn", "penalized"])
-def test_guesses_change_no_token(plain, made, how, settings):
-    tokens, scores = solo(plain, prompt(0, 21), settings, [8])
-    found, again = solo(made[how], prompt(0, 21), settings, [8])
+def test_guesses_change_no_token(name, how, settings):
+    tokens, scores = solo(made(name), prompt(0, 21), settings, [8])
+    found, again = solo(made(name, how), prompt(0, 21), settings, [8])
     assert found == tokens
     np.testing.assert_allclose(again, scores, atol=CLOSE)
 
 
-def test_a_model_that_guesses_for_itself_is_always_right(made):
+@family
+def test_a_model_that_guesses_for_itself_is_always_right(name):
     """Every step writes the three guesses and one more, up to the limit."""
     for settings in SETTINGS[:2]:
-        desk = Desk(made["itself"])
+        desk = Desk(made(name, "itself"))
         prefix, table = desk.read(prompt(1, 9))
-        desk.state = made["itself"].tell(desk.state, 0, prompt(1, 9), [])
+        desk.state = made(name, "itself").tell(desk.state, 0, prompt(1, 9), [])
         desk.insert(prefix, (0, 0, settings))
         each = [c.emitted[:, 0].sum() for c in desk.write({0: table}, 8)]
         assert each == [4] * 7 + [1]
 
 
-def test_what_repeats_is_guessed(made):
+@family
+def test_what_repeats_is_guessed(name):
     """A text of one token, by a bias: every guess of a look back is right."""
-    desk = Desk(made["lookup"])
+    desk = Desk(made(name, "lookup"))
     prefix, table = desk.read([5] * 9)
-    desk.state = made["lookup"].tell(desk.state, 0, [5] * 9, [])
+    desk.state = made(name, "lookup").tell(desk.state, 0, [5] * 9, [])
     desk.insert(prefix, (0, 0, Settings(limit=40, biases={5: 50.0})))
     found = desk.write({0: table}, 3)
     assert [c.emitted[:, 0].sum() for c in found] == [4, 4, 4]
     assert all(c.guessed[:, 0].tolist() == [False, True, True, True] for c in found)
 
 
-def test_neighbours_guess_apart(plain, made):
+@family
+def test_neighbours_guess_apart(name):
     """Two sequences of different lengths and settings, in slots of their own."""
     both = SETTINGS[::2]
-    wanted = [solo(plain, prompt(i, 5 + 4 * i), one)[0] for i, one in enumerate(both)]
-    desk, tables = Desk(made["another"]), {}
+    wanted = [solo(made(name), prompt(i, 5 + 4 * i), one)[0] for i, one in enumerate(both)]
+    desk, tables = Desk(made(name, "another")), {}
     told: dict[int, list[int]] = {}
     for i, one in enumerate(both):
         prefix, tables[i] = desk.read(prompt(i, 5 + 4 * i))
-        desk.state = made["another"].tell(desk.state, i, prompt(i, 5 + 4 * i), [])
+        desk.state = made(name, "another").tell(desk.state, i, prompt(i, 5 + 4 * i), [])
         told[i] = [int(desk.insert(prefix, (0, i, one)).token[0])]
     for chosen in desk.write(tables, 29):
         for i in told:
@@ -102,36 +99,42 @@ def test_neighbours_guess_apart(plain, made):
     assert list(told.values()) == wanted
 
 
-def test_fused_steps_guess_too(plain, name):
+def test_fused_steps_guess_too():
+    name = "llama"
     fused = engine(name, sizes=dataclasses.replace(GUESSING, steps=2))
     assert fused.sizes.lookahead == 8
-    assert solo(fused, prompt(0, 9), SETTINGS[0])[0] == solo(plain, prompt(0, 9), SETTINGS[0])[0]
+    assert (
+        solo(fused, prompt(0, 9), SETTINGS[0])[0] == solo(made(name), prompt(0, 9), SETTINGS[0])[0]
+    )
 
 
-def test_nothing_is_written_beyond_the_pages_of_a_sequence(made):
+@family
+def test_nothing_is_written_beyond_the_pages_of_a_sequence(name):
     """A sequence has pages up to its last token, and none for guesses after it."""
-    desk = Desk(made["itself"])
+    desk = Desk(made(name, "itself"))
     prefix, table = desk.read(prompt(2, 9))
-    desk.state = made["itself"].tell(desk.state, 0, prompt(2, 9), [])
+    desk.state = made(name, "itself").tell(desk.state, 0, prompt(2, 9), [])
     desk.insert(prefix, (0, 0, Settings(limit=4)))
     own = [pages[:3] for pages in table]  # 12 places: 9 + 4, the last of which is never read
     before = jax.tree.map(np.asarray, desk.state.caches)
     desk.write({0: own}, 4)
     after = jax.tree.map(np.asarray, desk.state.caches)
-    groups = made["itself"].groups
+    groups = made(name, "itself").groups
     for group, old, new in zip(groups, before, after, strict=True):
+        assert group is not None
         others = np.delete(np.arange(len(old.buffers[0])), own[group])
         for a, b in zip(old.buffers, new.buffers, strict=True):
             assert np.array_equal(a[others], b[others])
 
 
-def test_a_grammar_takes_one_token_a_step_and_its_neighbour_all(made):
+@family
+def test_a_grammar_takes_one_token_a_step_and_its_neighbour_all(name):
     bits = np.full((2, 2), 2**32 - 1, np.uint32)
     bits[0] = [1 << 5 | 1 << 9, 0]
-    desk, tables = Desk(made["itself"]), {}
+    desk, tables = Desk(made(name, "itself")), {}
     for slot in range(2):
         prefix, tables[slot] = desk.read(prompt(slot, 9))
-        desk.state = made["itself"].tell(desk.state, slot, prompt(slot, 9), [])
+        desk.state = made(name, "itself").tell(desk.state, slot, prompt(slot, 9), [])
         desk.insert(prefix, (0, slot, Settings(limit=30)), bits=bits[slot : slot + 1])
     for chosen in desk.write(tables, 3, bits=bits):
         assert chosen.emitted.sum(axis=0).tolist() == [1, 4]
