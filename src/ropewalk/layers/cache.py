@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from ropewalk.ops import mask
 from ropewalk.ops.attention import Attend, Block, streamed
+from ropewalk.parallel.axes import platform
 
 Buffers = tuple[jax.Array, ...]
 # What is stored of some tokens, each [b, s, k, h], as their keys and values.
@@ -20,6 +21,8 @@ Near = tuple[int | None, int | None]
 # Keys that attention over pages looks at together: enough to fill a product, few enough for a
 # core's cache.
 _TOGETHER = 128
+# Queries of a sequence that make a step of decoding, with guesses or without.
+_FEW = 8
 
 
 def _as_stored(*buffers: jax.Array) -> Buffers:
@@ -190,16 +193,19 @@ class Paged:
         lengths."""
         cache, many, size = self._put(new), together_of(self.size), self.size
         view = self.viewed
+        # Few narrow rows take a CPU longer than wide ones.
+        dtype = jnp.float32 if platform() == "cpu" and q.shape[1] <= _FEW else q.dtype
 
         def block(i: jax.Array) -> Block:
             def cut(x: jax.Array, count: int) -> jax.Array:
                 return jax.lax.dynamic_slice_in_dim(x, i * count, count, 1)
 
-            k, v = read(*cache._pages(cut(view.pages, many), q.dtype))
+            k, v = (x.astype(dtype) for x in read(*cache._pages(cut(view.pages, many), q.dtype)))
             there, owner = (cut(x, many * size) for x in (view.there, view.owner))
             return k, v, mask.visible(positions, there, segment_ids, owner, *near)
 
-        return streamed(q, block, -(-view.count // many), **how), cache
+        y = streamed(q.astype(dtype), block, -(-view.count // many), **how)
+        return y.astype(q.dtype), cache
 
     @property
     def viewed(self) -> View:
