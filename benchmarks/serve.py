@@ -8,8 +8,8 @@ with (ours computes in bfloat16, as wide), and in Q8_0 for llama.cpp alone; `dra
 tokens guessed from the text. transformers gets our export in bfloat16, all prompts in one batch.
 Each server runs alone, and is asked for `--new` greedy tokens after every prompt of about
 `--prompt` words. `cached`: our time to the first token after a prompt whose beginning is cached,
-over that of the rest alone. `step`: time of a step of the engine alone, and as a share of the time
-from token to token that clients of as many streams see. Prints JSON.
+over that of the rest alone. `step`: time of a step of the engine alone, and as a share of the
+median time from one event to the next that clients of as many streams see. Prints JSON.
 """
 
 import argparse
@@ -112,7 +112,7 @@ def compare(options: argparse.Namespace) -> dict[str, Any]:
                 n: round(mine[n]["tokens_per_s"] / one["tokens_per_s"], 2) for n, one in by.items()
             }
     step = {
-        n: {"alone_s": s, "share": round(s / best["ropewalk"][n]["token_s"], 2)}
+        n: {"alone_s": s, "share": round(s / best["ropewalk"][n]["step_s"], 2)}
         for n, s in bare.items()
     }
     told = {"ours_over": ratios, "cached": cached, "step": step}
@@ -188,13 +188,13 @@ async def measured(
         await asyncio.gather(*(one(client, text) for text in prompts(streams, options, turn)))
         took = time.perf_counter() - began
     first = [came[1] - came[0] for came in times if len(came) > 1]
-    steps = [(came[-1] - came[1]) / (len(came) - 2) for came in times if len(came) > 2]
+    steps = np.concatenate([np.diff(came[1:]) for came in times])
     written = sum(counts) if counts else sum(len(came) - 1 for came in times)
     return {
         "tokens_per_s": round(written / took, 1),
         "tokens": written,
         "time_to_first_token_s": round(float(np.median(first)), 4),
-        "token_s": round(float(np.median(steps)), 5),
+        "step_s": round(float(np.median(steps)), 5),
     }
 
 

@@ -232,6 +232,16 @@ def test_int8_stays_near_and_takes_zeros(llama):
     assert np.isfinite(kept.scales[0]).all() and not np.asarray(kept.buffers[0]).any()
 
 
+def test_pages_take_no_more_memory_than_there_is(llama):
+    all_ = llama.pages_bytes
+    held = sum(x.nbytes for x in jax.tree.leaves(llama.init_decode_state().caches))
+    assert held == all_ and llama.sizes.pages == (64,)
+    half = engine("llama", sizes=dataclasses.replace(SIZES, memory=all_ // 2))
+    assert half.pages_bytes == all_ // 2 and half.sizes.pages == (32,)
+    with pytest.raises(ModelError, match=r"8 pages of 4 tokens in 0.0 GiB cannot hold one"):
+        engine("llama", sizes=dataclasses.replace(SIZES, memory=all_ // 8))
+
+
 def test_what_cannot_be_is_refused(llama):
     with pytest.raises(ModelError, match="65 tokens are asked for; the model has 64"):
         engine("llama", sizes=dataclasses.replace(SIZES, length=65))

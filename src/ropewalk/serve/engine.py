@@ -24,7 +24,7 @@ from ropewalk.serve.programs import Programs, Scores, State
 from ropewalk.serve.sizes import Sizes
 from ropewalk.serve.slots import Chosen, Settings
 
-# The shortest prefill; longer ones are padded to powers of two from here on.
+# The shortest prefill.
 _SHORTEST = 16
 
 
@@ -185,10 +185,12 @@ class Engine:
         state = self.tell(state, 0, [0], [])
         yield (done := done + 1), total
         for length, scored in reversed(read):
-            segment = Segment([0] * min(length, self.sizes.length), 0, tables)
-            state, prefix = self.prefill(state, [segment], scored)
+            longest, most = self.sizes.length, min(length, self.sizes.length * self.sizes.pack)
+            parts = [min(longest, most - at) for at in range(0, most, longest)]
+            segments = [Segment([0] * part, 0, tables) for part in parts]
+            state, prefix = self.prefill(state, segments, scored)
             yield (done := done + 1), total
-            if length == _SHORTEST:
+            if (length, scored) == read[0]:
                 state, _ = self.insert(state, prefix, [(0, 0, Settings(limit=1))])
                 yield (done := done + 1), total
         for count in many:
@@ -206,10 +208,10 @@ class Engine:
 
     def lengths(self) -> list[int]:
         """The lengths that prefills are padded to."""
-        sizes = [_SHORTEST]
-        while sizes[-1] < self.sizes.chunk:
-            sizes.append(min(2 * sizes[-1], self.sizes.chunk))
-        return sizes
+        most, powers = self.sizes.chunk, [_SHORTEST << i for i in range(32)]
+        # From 64 on also in the middle: padding costs more there than a program.
+        every = {*powers, *(3 * size // 2 for size in powers if size >= 64)}
+        return [*sorted(size for size in every if size < most), most]
 
     # Programs.
 

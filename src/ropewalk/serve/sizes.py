@@ -14,7 +14,7 @@ class Sizes:
     slots: int = 8
     length: int = 2048
     """most tokens of a sequence"""
-    page: int = 32
+    page: int = 16
     """tokens of a page"""
     pages: tuple[int, ...] = ()
     """of each group; by default enough for every slot at its longest, as far as `memory` goes"""
