@@ -344,6 +344,23 @@ def test_assistive_technology_is_told_what_everything_is(page):
     assert page.run("return document.documentElement.lang") == "en"
 
 
+def test_the_end_stays_in_sight_when_the_window_changes(page):
+    page.look(1280, 800)
+    for _ in range(2):
+        further(page, literally(ANSWER))
+        say(page, "How is a rope made? " * 8)
+        finished(page)
+    below = """const s = document.querySelector('#scroll');
+        const below = s.scrollHeight - s.scrollTop - s.clientHeight;
+        return s.scrollHeight > s.clientHeight && below < 1"""
+    for width, height in ((360, 400), (360, 320), (1280, 320)):
+        page.look(width, height)
+        page.until(lambda: page.run(below))
+    page.run("document.querySelector('#scroll').scrollTop = 0")
+    page.look(360, 800)
+    assert page.run("return document.querySelector('#scroll').scrollTop") == 0
+
+
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_it_can_be_read_in_every_light_and_width(page, tmp_path: Path, scheme):
     page.look(1280, 800, scheme)
