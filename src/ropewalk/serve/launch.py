@@ -76,7 +76,10 @@ def launch(options: Options) -> None:
 def build(options: Options, keys: tuple[str, ...] = ()) -> Server:
     """The server of a model, its programs compiled."""
     placement = _placement(options.rules)
-    lm = load(options.model, options.dtype or None, placement)
+    try:
+        lm = load(options.model, options.dtype or None, placement)
+    except LayoutError as error:
+        raise LayoutError(f"--rules {options.rules}: {error}, here --rules") from None
     tokenizer = lm.require_tokenizer()
     name = options.name or Path(options.model.rstrip("/")).stem
     engine = _engine(lm, options, placement)
