@@ -41,6 +41,8 @@ _KEY = "ROPEWALK_API_KEY"
 def launch(options: Options) -> None:
     """Serves until it is told to stop. Raises UserError for what cannot be served."""
     keep_programs()
+    if options.cache not in ("", "int8"):
+        raise ConfigError(f"--cache {options.cache}: use int8, or leave it out")
     keys = _keys(options.api_key_file)
     listening = _listen(options.host, options.port)
     server = build(options, keys)
