@@ -76,7 +76,9 @@ class _Whole:
                     logprobs = completion_logprobs(
                         self.host.tokenizer, tokens, self.asked.logprobs, before, unscored
                     )
-                told[step.index] = before + len(echo + text)
+                told[step.index] = before
+                if logprobs and logprobs["tokens"]:  # text may be held back, tokens are not
+                    told[step.index] = logprobs["text_offset"][-1] + len(logprobs["tokens"][-1])
                 yield self._chunk(step.index, echo + text, logprobs, step.reason)
             if self.asked.stream_options and self.asked.stream_options.include_usage:
                 yield {**self.head, "choices": [], "usage": self._usage()}
