@@ -1,10 +1,11 @@
-"""One server of a tiny model for all tests that ask it."""
+"""One server of a tiny model for all tests that ask it; small blocks for those of the engine."""
 
 from collections.abc import Iterator
 
 import openai
 import pytest
 
+from ropewalk.layers import cache
 from ropewalk.serve.openai import Server
 from tests.serve.tiny_server import serving, tiny
 
@@ -24,3 +25,11 @@ def address(server: Server) -> Iterator[str]:
 def client(address: str) -> Iterator[openai.OpenAI]:
     with openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0) as client:
         yield client
+
+
+@pytest.fixture(scope="module")
+def small_blocks() -> Iterator[None]:
+    """Two pages are looked at together, so that sequences need several goes."""
+    before, cache._TOGETHER = cache._TOGETHER, 8
+    yield
+    cache._TOGETHER = before

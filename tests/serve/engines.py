@@ -28,6 +28,10 @@ def model(name: str, variant: str = "plain") -> LM:
     return made.model(jax.tree.map(lambda x: x.copy(), made.params))
 
 
+def prompt(seed: int, length: int) -> list[int]:
+    return np.random.default_rng(seed).integers(0, 64, length).tolist()
+
+
 class Desk:
     """Gives every sequence pages of its own, and keeps what the device said."""
 

@@ -17,7 +17,7 @@ from ropewalk.serve.packed import Segment
 from ropewalk.serve.slots import Settings
 from ropewalk.serve.transfer import carried, put, stacked, take, unstacked
 from tests.families.tiny import tiny
-from tests.serve.engines import SIZES, Desk, engine, solo
+from tests.serve.engines import SIZES, Desk, engine, prompt, solo
 
 # Attention that sees everything, layers of it beside recurrent ones, and beside a window.
 FAMILIES = ["llama", "qwen3_next", "gemma2"]
@@ -25,16 +25,7 @@ NEW = 30
 CLOSE = 3e-5  # log-probabilities of logits up to 10: float32 sums in another order
 
 
-@pytest.fixture(autouse=True, scope="module")
-def small_blocks():
-    """Two pages are looked at together, so that sequences need several goes."""
-    before, caches._TOGETHER = caches._TOGETHER, 8
-    yield
-    caches._TOGETHER = before
-
-
-def prompt(seed: int, length: int) -> list[int]:
-    return np.random.default_rng(seed).integers(0, 64, length).tolist()
+pytestmark = pytest.mark.usefixtures("small_blocks")
 
 
 @pytest.fixture(scope="module", params=FAMILIES)

@@ -9,11 +9,10 @@ import numpy as np
 import pytest
 
 from ropewalk.core.errors import ModelError
-from ropewalk.layers import cache as caches
 from ropewalk.serve.engine import Engine
 from ropewalk.serve.lookup import lookup
 from ropewalk.serve.slots import Settings
-from tests.serve.engines import SIZES, Desk, engine, model, solo
+from tests.serve.engines import SIZES, Desk, engine, model, prompt, solo
 
 GUESSING = dataclasses.replace(SIZES, drafts=3)
 CLOSE = 3e-5
@@ -25,16 +24,7 @@ SETTINGS = [
 ]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def small_blocks():
-    """Two pages are looked at together, so that sequences need several goes."""
-    before, caches._TOGETHER = caches._TOGETHER, 8
-    yield
-    caches._TOGETHER = before
-
-
-def prompt(seed: int, length: int) -> list[int]:
-    return np.random.default_rng(seed).integers(0, 64, length).tolist()
+pytestmark = pytest.mark.usefixtures("small_blocks")
 
 
 # Attention that sees everything, and layers of it beside a window.
