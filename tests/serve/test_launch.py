@@ -118,12 +118,37 @@ def test_it_comes_back_after_a_kill_and_asks_for_a_key(directory, tmp_path):
     assert texts[0] == texts[1]
 
 
+@pytest.mark.parametrize(("drain", "signals"), [("0.2", 1), ("30", 2)])
+def test_what_has_not_ended_in_time_is_cut(directory, drain, signals):
+    """The time is over, or a second signal says so."""
+    asked = {**LONG, "max_tokens": 1000, "stream": True}
+    found: list[tuple[int, bytes]] = []
+    with running(directory, "--name", "model", "--slots", "2", "--drain", drain) as started:
+        process, address = started
+        threads = [
+            threading.Thread(target=lambda: found.append(post(address, asked))) for _ in range(6)
+        ]
+        for thread in threads:
+            thread.start()
+        time.sleep(0.3)
+        for _ in range(signals):
+            process.send_signal(signal.SIGTERM)
+            time.sleep(0.1)
+        began = time.monotonic()
+        for thread in threads:
+            thread.join()
+        assert process.wait(timeout=20) == 0
+        assert time.monotonic() - began < 10
+    last = found[-1][1].decode().split("\n\n")[-3:]
+    assert "the server is shutting down" in last[0] and last[1] == "data: [DONE]"
+
+
 @pytest.mark.parametrize(
     ("more", "says"),
     [
-        (("--api-key-file", "/nowhere"), "/nowhere"),
+        (("--api-key-file", "/nowhere"), "--api-key-file /nowhere cannot be read"),
         (("--max-length", "5000"), "5000 tokens are asked for; the model has 1024"),
-        (("--host", "192.0.2.1"), "cannot be listened on"),
+        (("--host", "192.0.2.1"), "--host is an address of this machine"),
     ],
 )
 def test_what_cannot_be_served_is_told_at_once(directory, more, says):

@@ -68,7 +68,7 @@ def test_a_stream_is_the_whole_in_pieces(client, more):
     asked = {"model": "tiny", "prompt": ["One", "Two"], "max_tokens": 15, "temperature": 0, **more}
     whole = client.completions.create(**asked)
     stream = client.completions.create(**asked, stream=True, stream_options={"include_usage": True})
-    texts, reasons, usage, tokens = {}, {}, None, {}
+    texts, reasons, usage, tokens, offsets = {}, {}, None, {}, {}
     for chunk in stream:
         usage = chunk.usage or usage
         for choice in chunk.choices:
@@ -76,6 +76,7 @@ def test_a_stream_is_the_whole_in_pieces(client, more):
             reasons[choice.index] = choice.finish_reason or reasons.get(choice.index)
             if choice.logprobs:
                 tokens.setdefault(choice.index, []).extend(choice.logprobs.token_logprobs)
+                offsets.setdefault(choice.index, []).extend(choice.logprobs.text_offset)
     assert len(whole.choices) == 2 * more.get("n", 1)
     for choice in whole.choices:
         assert texts[choice.index] == choice.text
@@ -83,6 +84,7 @@ def test_a_stream_is_the_whole_in_pieces(client, more):
         if "logprobs" in more:
             wanted = choice.logprobs.token_logprobs
             np.testing.assert_allclose(tokens[choice.index], wanted, atol=1e-4)
+            assert offsets[choice.index] == choice.logprobs.text_offset
     assert usage is not None
     found, wanted = (
         told.model_dump(exclude={"prompt_tokens_details"}) for told in (usage, whole.usage)
@@ -108,6 +110,20 @@ def test_prompts_are_scored_as_the_full_forward_pass_does(client, alone):
     )
     assert silent.choices[0].logprobs.token_logprobs == scores.token_logprobs[:-1]
     assert silent.usage.completion_tokens == 0
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_offsets_are_those_of_characters(client, stream):
+    """Each token is at the character of the text that its bytes are of."""
+    prompt, asked = "aé🦀 b", {"max_tokens": 3, "logprobs": 0, "temperature": 0, "echo": True}
+    told = client.completions.create(
+        model="tiny", prompt=prompt, logit_bias={str(ord("z")): 100}, stream=stream, **asked
+    )
+    choices = [chunk.choices[0] for chunk in told] if stream else told.choices
+    text = "".join(choice.text for choice in choices)
+    offsets = [at for choice in choices for at in choice.logprobs.text_offset]
+    assert text == prompt + "zzz"
+    assert offsets == [0, 0, 1, 1, 2, 2, 2, 2, 3, 4, 5, 6, 7]  # the first begins the document
 
 
 def test_a_stop_string_ends_an_answer_before_it(client):
@@ -214,7 +230,12 @@ def test_formats_hold_the_answer(client):
 
     wanted = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
     assert set(json.loads(said(wanted))) == {"a", "b"}
-    assert re.fullmatch(r"(cat|dog){2,3}!", said({"type": "regex", "regex": r"(cat|dog){2,3}!"}))
+    form = {"type": "regex", "regex": r"(cat|dog){2,3}!"}
+    assert re.fullmatch(r"(cat|dog){2,3}!", said(form))
+    told = client.completions.create(
+        model="tiny", prompt="x", max_tokens=40, extra_body={"response_format": form}
+    )
+    assert re.fullmatch(r"(cat|dog){2,3}!", told.choices[0].text)
 
 
 def test_embeddings_are_hidden_states(client, alone):

@@ -66,6 +66,19 @@ def test_stream_gives_the_text_whole_characters_at_a_time(
         assert text == "".join(stream)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@settings(max_examples=30, deadline=None)
+@given(data=st.data())
+def test_text_that_follows_another_continues_it(
+    kinds: dict[str, Tokenizer], kind: str, data: st.DataObject
+) -> None:
+    tokenizer = kinds[kind]
+    ids = tokenizer.encode("Once upon a time there was a king.")
+    cut = data.draw(st.integers(1, len(ids)))
+    begun, rest = tokenizer.decode(ids[:cut]), tokenizer.decode(ids[cut:], follows=True)
+    assert begun + rest == tokenizer.decode(ids)
+
+
 def test_stream_holds_an_unfinished_character_back(kinds: dict[str, Tokenizer]) -> None:
     decoder = StreamDecoder(kinds["byte"])
     assert [decoder.feed(i) for i in "é😀".encode()] == ["", "é", "", "", "", "😀"]

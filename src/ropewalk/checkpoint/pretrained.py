@@ -111,18 +111,22 @@ class Pretrained:
             tokens[emitted.row].append(emitted.token)
             logprobs[emitted.row].append(emitted.logprob)
         return [
-            Generation(self.decode(t, stops), t, p) for t, p in zip(tokens, logprobs, strict=True)
+            Generation(self.decode(t, stops, follows=True), t, p)
+            for t, p in zip(tokens, logprobs, strict=True)
         ]
 
-    def stream(self, ids: Sequence[int], sampling: Sampling) -> Iterator[str]:
+    def stream(
+        self, ids: Sequence[int], sampling: Sampling, follows: bool = False
+    ) -> Iterator[str]:
         """The text after one prompt, piece by piece (one a token, and the rest); never half a
-        character. Raises ModelError at once where the tokenizer is missing or the text cannot fit.
+        character; `follows` as of `decode`. Raises ModelError at once where the tokenizer is
+        missing or the text cannot fit.
         """
         tokenizer = self.require_tokenizer()
         written = self.decoder.stream([ids], sampling, tokenizer.eos_ids)
 
         def pieces() -> Iterator[str]:
-            decoder = StreamDecoder(tokenizer)
+            decoder = StreamDecoder(tokenizer, follows)
             for emitted in written:
                 if emitted.token not in tokenizer.eos_ids:
                     yield decoder.feed(emitted.token)
@@ -147,13 +151,14 @@ class Pretrained:
             )
         return ids.tolist()
 
-    def decode(self, tokens: Sequence[int], stops: Sequence[int] = ()) -> str:
-        """The text of ids, without the tokens that end it; empty without a tokenizer."""
-        return (
-            self.tokenizer.decode([token for token in tokens if token not in stops])
-            if self.tokenizer
-            else ""
-        )
+    def decode(
+        self, tokens: Sequence[int], stops: Sequence[int] = (), follows: bool = False
+    ) -> str:
+        """The text of ids, without the tokens that end it; empty without a tokenizer. What
+        `follows` other text keeps a space at its beginning."""
+        if self.tokenizer is None:
+            return ""
+        return self.tokenizer.decode([token for token in tokens if token not in stops], follows)
 
     def require_tokenizer(self) -> Tokenizer:
         """The tokenizer. Raises ModelError when the source came without one."""
@@ -269,7 +274,8 @@ def no_model(source: str | os.PathLike[str]) -> ModelError:
     known = "a Hugging Face directory, a run, a .gguf file, or a preset"
     if path.exists():
         return ModelError(f"{source}: is no model; give {known}")
-    hint = models.near(str(source), presets) or f" ({', '.join(presets)})"
+    listed = "" if os.sep in str(source) else f" ({', '.join(presets)})"
+    hint = models.near(str(source), presets) or listed
     return ModelError(f"{source}: does not exist, and no preset has that name; give {known}{hint}")
 
 

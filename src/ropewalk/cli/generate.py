@@ -45,7 +45,7 @@ def generate(
     )
     lm = load(model, dtype or None)
     text = sys.stdin.read() if prompt == "-" else prompt
-    pieces = lm.stream(lm.encode(text), sampling)
+    pieces = lm.stream(lm.encode(text), sampling, follows=True)
     sys.stdout.write(text)
     for piece in pieces:
         sys.stdout.write(piece)

@@ -25,25 +25,28 @@ def serve(
         ),
     ] = Options.max_length,
     queue: Annotated[
-        int, typer.Option(min=1, help="sequences that may wait; more are answered 429")
+        int, typer.Option(min=1, help="sequences that may wait for a slot; more are answered 429")
     ] = Options.queue,
     rules: Annotated[
-        str, typer.Option(help="spreads the model over all devices, as in training: e.g. tensor")
+        str,
+        typer.Option(help="spreads the model over all devices by a table of training, e.g. tensor"),
     ] = Options.rules,
     drafts: Annotated[
-        int,
+        int | None,
         typer.Option(
             min=0,
             max=16,
-            help="tokens guessed ahead of every step: from the text, or a draft model",
+            show_default=False,
+            help="tokens guessed ahead of every step, from the text or by a draft model; answers "
+            "stay the same; by default 0, with a draft model 4",
         ),
     ] = Options.drafts,
     draft_model: Annotated[
-        str, typer.Option(help="smaller model with the same tokens that guesses, 4 if not said")
+        str, typer.Option(help="smaller model with the same tokenizer, which guesses ahead")
     ] = Options.draft_model,
     api_key_file: Annotated[
         Path | None,
-        typer.Option(help="file with a key a line, else ROPEWALK_API_KEY; none: no key is needed"),
+        typer.Option(help="file with a key a line; without, ROPEWALK_API_KEY, or no key"),
     ] = Options.api_key_file,
     drain: Annotated[
         float, typer.Option(min=0, help="seconds that answers have to end after SIGTERM")
@@ -52,7 +55,7 @@ def serve(
         str, typer.Option(help="float32, bfloat16 or float16; by default that of the file")
     ] = Options.dtype,
     cache: Annotated[
-        str, typer.Option(help="of keys and values: int8, or by default what the model is in")
+        str, typer.Option(help="int8 keeps keys and values in 8 bits; by default the model's dtype")
     ] = Options.cache,
     trace: Annotated[
         Path | None, typer.Option(help="directory for a profile of the first 100 steps")

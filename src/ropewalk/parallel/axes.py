@@ -47,6 +47,8 @@ class Placement:
 
     mesh: Mesh
     rules: Rules
+    asked: str = ""
+    """the option that asked for it, as errors name it; without one, a recipe's layout"""
 
     @property
     def platform(self) -> str:
@@ -160,10 +162,14 @@ def _parameter_sharding(path: str, spec: Spec, placement: Placement) -> NamedSha
         size = spec.shape[dim]
         if size % ways:
             more = f"set model.vocab_size to {size + -size % ways} (ids that no text has), or "
+            change = (
+                f"{more if spec.axes[dim] == 'vocab' else ''}change layout.mesh or layout.rules"
+            )
+            if placement.asked:
+                change = f"change {placement.asked}"
             raise LayoutError(
                 f"parameter `{path}` has {size} `{spec.axes[dim]}`, which does not divide over the "
-                f"{ways} devices of mesh axis {names}; "
-                f"{more if spec.axes[dim] == 'vocab' else ''}change layout.mesh or layout.rules"
+                f"{ways} devices of mesh axis {names}; {change}"
             )
     return NamedSharding(placement.mesh, partition)
 

@@ -78,6 +78,30 @@ class StreamOptions(Asked):
     include_usage: bool | None = None
 
 
+class JsonSchema(Asked):
+    """A schema that an answer follows."""
+
+    name: Word | None = None
+    description: Text | None = None
+    schema_: Plain = Field(default_factory=dict, alias="schema")
+    strict: bool | None = None
+
+
+class ResponseFormat(Asked):
+    """What an answer looks like."""
+
+    type: Literal["text", "json_object", "json_schema", "regex"]
+    json_schema: JsonSchema | None = None
+    regex: Annotated[str, Field(min_length=1, max_length=8192)] | None = None
+
+    @pydantic.model_validator(mode="after")
+    def _whole(self) -> "ResponseFormat":
+        for kind in ("json_schema", "regex"):
+            if self.type == kind and getattr(self, kind) is None:
+                raise BadRequest(f"{kind}: is missing", kind)
+        return self
+
+
 class Sampled(Asked):
     """What all requests for text share."""
 
@@ -171,6 +195,7 @@ class Completion(Sampled):
     echo: bool | None = None
     best_of: int | None = Field(None, ge=1, le=MOST_CHOICES)
     suffix: Text | None = None
+    response_format: ResponseFormat | None = None
 
     @pydantic.model_validator(mode="after")
     def _possible(self) -> "Completion":
@@ -247,30 +272,6 @@ class Message(Asked):
 
 
 Messages = Annotated[list[Message], Field(min_length=1, max_length=MOST_MESSAGES, fail_fast=True)]
-
-
-class JsonSchema(Asked):
-    """A schema that an answer follows."""
-
-    name: Word | None = None
-    description: Text | None = None
-    schema_: Plain = Field(default_factory=dict, alias="schema")
-    strict: bool | None = None
-
-
-class ResponseFormat(Asked):
-    """What an answer looks like."""
-
-    type: Literal["text", "json_object", "json_schema", "regex"]
-    json_schema: JsonSchema | None = None
-    regex: Annotated[str, Field(min_length=1, max_length=8192)] | None = None
-
-    @pydantic.model_validator(mode="after")
-    def _whole(self) -> "ResponseFormat":
-        for kind in ("json_schema", "regex"):
-            if self.type == kind and getattr(self, kind) is None:
-                raise BadRequest(f"{kind}: is missing", kind)
-        return self
 
 
 class NamedFunction(Asked):

@@ -173,17 +173,8 @@ async def _matcher(
     if form is not None and choice.forced:
         text = tool_choice.grammar(form, choice, inside, special)
         return await host.matcher(grammar.Lark(text), "tools")
-    if wanted is None or wanted.type == "text":
-        return None
-    if wanted.json_schema is not None and wanted.type == "json_schema":
-        spec: Any = grammar.Schema(wanted.json_schema.schema_)
-    elif wanted.regex is not None and wanted.type == "regex":
-        spec = grammar.Regex(wanted.regex)
-    else:
-        spec = grammar.Schema({"type": "object"})
     # Where the prompt has opened the thinking, the format begins behind it.
-    thinking = reasoning.thinking(True, special) if inside else ""
-    return await host.matcher(spec, "response_format", thinking)
+    return await host.formatted(wanted, reasoning.thinking(True, special) if inside else "")
 
 
 class _Whole:

@@ -12,7 +12,8 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 from ropewalk.serve.asked import Completion
 from ropewalk.serve.door import error
 from ropewalk.serve.generation import Answer, Failed, Generation, Host, attended
-from ropewalk.serve.text import completion_logprobs
+from ropewalk.serve.service import Token
+from ropewalk.serve.text import Scores
 
 # OpenAI's, where nothing is said.
 _NEW = 16
@@ -25,10 +26,13 @@ async def completions(host: Host, asked: Completion, request: Request) -> Respon
     wanted = _NEW if asked.max_tokens is None else max(asked.max_tokens, 1)
     rooms = [host.room(prompt, wanted) for prompt in prompts]
     ranked, scored = bool(asked.logprobs), asked.logprobs is not None and bool(asked.echo)
-    jobs = host.jobs(asked, prompts, [room for room, _ in rooms], None, ranked, scored)
+    matcher = await host.formatted(asked.response_format)
+    jobs = host.jobs(asked, prompts, [room for room, _ in rooms], matcher, ranked, scored)
     notes = [note for _, note in rooms if note]
     headers = warned([*notes[:1], *unknown(asked.unknown)])
-    whole = _Whole(host, asked, Generation(host, jobs, host.answers(asked, jobs)))
+    follows = matcher is None  # what has a format begins a text of its own
+    answers = host.answers(asked, jobs, follows=follows)
+    whole = _Whole(host, asked, Generation(host, jobs, answers), follows)
     if asked.stream:
         return streaming(whole.stream(), headers)
     return JSONResponse(await attended(request, whole.body()), headers=headers)
@@ -37,8 +41,12 @@ async def completions(host: Host, asked: Completion, request: Request) -> Respon
 class _Whole:
     """The shapes of the answers."""
 
-    def __init__(self, host: Host, asked: Completion, generation: Generation):
+    def __init__(self, host: Host, asked: Completion, generation: Generation, follows: bool):
         self.host, self.asked, self.generation = host, asked, generation
+        follows = follows and not asked.echo
+        self.scores = [
+            Scores(host.tokenizer, asked.logprobs or 0, follows) for _ in generation.answers
+        ]
         self.head = {
             "id": f"cmpl-{secrets.token_hex(12)}",
             "object": "text_completion",
@@ -59,26 +67,16 @@ class _Whole:
 
     async def stream(self) -> AsyncIterator[dict[str, Any]]:
         """Chunks, as text comes."""
-        told: dict[int, int] = {}
+        begun: set[int] = set()
         try:
             async for step in self.generation.steps():
-                answer, begun = self.generation.answers[step.index], step.index in told
+                first = step.index not in begun
                 text = "" if self.silent else step.text
-                before = told.get(step.index, 0)
-                echo = "" if begun else self._echo(step.index)
+                echo = self._echo(step.index) if first else ""
                 if not (text or echo or step.tokens or step.reason):
                     continue
-                logprobs = None
-                if self.asked.logprobs is not None:
-                    tokens = [] if self.silent else step.tokens
-                    tokens = [*(() if begun else self._read(answer)), *tokens]
-                    unscored = int(not begun and bool(self._read(answer)))
-                    logprobs = completion_logprobs(
-                        self.host.tokenizer, tokens, self.asked.logprobs, before, unscored
-                    )
-                told[step.index] = before
-                if logprobs and logprobs["tokens"]:  # text may be held back, tokens are not
-                    told[step.index] = logprobs["text_offset"][-1] + len(logprobs["tokens"][-1])
+                begun.add(step.index)
+                logprobs = self._logprobs(step.index, step.tokens, first)
                 yield self._chunk(step.index, echo + text, logprobs, step.reason)
             if self.asked.stream_options and self.asked.stream_options.include_usage:
                 yield {**self.head, "choices": [], "usage": self._usage()}
@@ -87,24 +85,25 @@ class _Whole:
 
     def _choice(self, index: int, answer: Answer) -> dict[str, Any]:
         text = self._echo(index) + ("" if self.silent else answer.text)
-        logprobs = None
-        if self.asked.logprobs is not None:
-            read = self._read(answer)
-            tokens = [*read, *(() if self.silent else answer.tokens)]
-            logprobs = completion_logprobs(
-                self.host.tokenizer, tokens, self.asked.logprobs, 0, int(bool(read))
-            )
+        logprobs = self._logprobs(index, answer.tokens, True)
         return self._chunk(index, text, logprobs, answer.reason)["choices"][0]
+
+    def _logprobs(self, index: int, tokens: list[Token], first: bool) -> dict[str, Any] | None:
+        if self.asked.logprobs is None:
+            return None
+        read = self._read(index) if first else []
+        tokens = [*read, *(() if self.silent else tokens)]
+        return self.scores[index].told(tokens, int(bool(read)))
 
     def _chunk(self, index: int, text: str, logprobs: Any, reason: str | None) -> dict[str, Any]:
         reason = "length" if self.silent and reason else reason
         choice = {"index": index, "text": text, "logprobs": logprobs, "finish_reason": reason}
         return {**self.head, "choices": [choice]}
 
-    def _read(self, answer: Answer) -> list[Any]:
+    def _read(self, index: int) -> list[Token]:
         """The prompt's tokens where they are told; of several answers the first has them."""
         n = self.asked.n or 1
-        first = self.generation.answers.index(answer) // n * n
+        first = index // n * n
         return self.generation.answers[first].prompt if self.asked.echo else []
 
     def _echo(self, index: int) -> str:

@@ -20,7 +20,7 @@ from ropewalk.layers.decode import mesh_of, ready
 from ropewalk.layers.lm import LM, parameters, table
 from ropewalk.serve import slots as slots_
 from ropewalk.serve.packed import Packed, Segment
-from ropewalk.serve.programs import Programs, Scores, State
+from ropewalk.serve.programs import EVERY, Programs, Scores, State
 from ropewalk.serve.sizes import Sizes
 from ropewalk.serve.slots import Chosen, Settings
 
@@ -264,7 +264,7 @@ class Engine:
     def _everything(self) -> dict[int, jax.Array]:
         words = -(-self.vocab // 32)
         counts = {self.sizes.pack, *(self.rows(n + 1) for n in range(self.sizes.slots))}
-        return {count: jnp.full((count, words), 2**32 - 1, jnp.uint32) for count in counts}
+        return {count: jnp.full((count, words), EVERY) for count in counts}
 
     def _bits(self, bits: np.ndarray | None, count: int) -> tuple[Any, np.bool]:
         if bits is None:

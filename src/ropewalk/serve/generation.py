@@ -11,8 +11,8 @@ from fastapi import Request
 from fastapi.concurrency import run_in_threadpool
 
 from ropewalk.core.errors import UserError
-from ropewalk.serve.asked import BadRequest, Sampled
-from ropewalk.serve.grammar import Grammars, Matcher
+from ropewalk.serve.asked import BadRequest, ResponseFormat, Sampled
+from ropewalk.serve.grammar import Grammars, Matcher, Regex, Schema, Spec
 from ropewalk.serve.metrics import Metrics
 from ropewalk.serve.service import Ended, Event, Job, Pooled, Read, Service, Token
 from ropewalk.serve.text import Writer, spelled
@@ -120,7 +120,20 @@ class Host:
         ids = [next(encoded) if isinstance(each, str) else each for each in many]
         return [self.checked(each, param) for each in ids]
 
-    async def matcher(self, spec: Any, param: str, thinking: str = "") -> Matcher:
+    async def formatted(self, wanted: ResponseFormat | None, thinking: str = "") -> Matcher | None:
+        """What holds one answer to a format; `thinking` as of `Grammars.compile`. Raises
+        BadRequest."""
+        if wanted is None or wanted.type == "text":
+            return None
+        if wanted.json_schema is not None and wanted.type == "json_schema":
+            spec: Spec = Schema(wanted.json_schema.schema_)
+        elif wanted.regex is not None and wanted.type == "regex":
+            spec = Regex(wanted.regex)
+        else:
+            spec = Schema({"type": "object"})
+        return await self.matcher(spec, "response_format", thinking)
+
+    async def matcher(self, spec: Spec, param: str, thinking: str = "") -> Matcher:
         """What constrains one answer. Raises BadRequest where it cannot be compiled."""
         try:
             return await run_in_threadpool(self.grammars.compile, spec, thinking)
@@ -151,8 +164,8 @@ class Host:
         count, most = len(prompts) * (asked.n or 1), self.service.limits.queue
         if count > most:
             raise BadRequest(
-                f"{count} answers are asked for at once ({len(prompts)} prompts, {asked.n or 1} "
-                f"each); the server queues {most} at most: send several requests",
+                f"{count} answers are asked for at once (prompts: {len(prompts)}, n: {asked.n or 1}"
+                f"); the server holds {most} at most: send several requests",
                 "n" if len(prompts) == 1 else "prompt",
             )
         events: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
@@ -176,12 +189,17 @@ class Host:
         return jobs
 
     def answers(
-        self, asked: Sampled, jobs: Sequence[Job], markers: Iterable[str] = ()
+        self,
+        asked: Sampled,
+        jobs: Sequence[Job],
+        markers: Iterable[str] = (),
+        follows: bool = False,
     ) -> "list[Answer]":
-        """One empty answer a job; `markers` are special tokens that are written out."""
+        """One empty answer a job; `markers` are special tokens that are written out, `follows` as
+        of StreamDecoder."""
         ends, written = asked.ends(self.tokenizer.eos_ids), spelled(self.tokenizer, markers)
         stops = asked.stops()
-        return [Answer(Writer(self.tokenizer, stops, ends, written)) for _ in jobs]
+        return [Answer(Writer(self.tokenizer, stops, ends, written, follows)) for _ in jobs]
 
 
 @dataclasses.dataclass

@@ -1,6 +1,7 @@
 """From a model's name to a listening server, and its end."""
 
 import asyncio
+import errno
 import os
 import signal
 import socket
@@ -67,8 +68,9 @@ def launch(options: Options) -> None:
 
     async def stop() -> None:
         if server.draining:
-            web.force_exit = True
-        log.info("stopping: what is being answered has %g s to end", options.drain)
+            log.info("stopping now: %d answers are cut", server.host.service.open)
+        else:
+            log.info("stopping: what is being answered has %g s to end", options.drain)
         await server.drain()
         web.should_exit = True
 
@@ -78,10 +80,7 @@ def launch(options: Options) -> None:
 def build(options: Options, keys: tuple[str, ...] = ()) -> Server:
     """The server of a model, its programs compiled."""
     placement = _placement(options.rules)
-    try:
-        lm = load(options.model, options.dtype or None, placement)
-    except LayoutError as error:
-        raise LayoutError(f"--rules {options.rules}: {error}, here --rules") from None
+    lm = load(options.model, options.dtype or None, placement)
     tokenizer = lm.require_tokenizer()
     name = options.name or Path(options.model.rstrip("/")).stem
     engine = _engine(lm, options, placement)
@@ -104,13 +103,16 @@ def _placement(rules: str) -> Placement | None:
     if rules not in RULES:
         raise LayoutError(f"--rules {rules}: use {', '.join(RULES)}, or none for one device")
     devices = jax.devices()
-    return Placement(mesh.build(mesh.default_sizes(rules, len(devices)), devices), RULES[rules])
+    sizes = mesh.default_sizes(rules, len(devices))
+    return Placement(mesh.build(sizes, devices), RULES[rules], f"--rules {rules}")
 
 
 def _engine(lm: Pretrained, options: Options, placement: Placement | None) -> Engine:
     draft = _draft(lm, options, placement)
     length = options.max_length or min(lm.config.longest(), _LENGTH)
-    drafts = options.drafts or (_DRAFTS if draft is not None else 0)
+    drafts = options.drafts
+    if drafts is None:
+        drafts = 0 if draft is None else _DRAFTS
     memory = int(_SHARE * free_memory(jax.local_devices() if placement else jax.devices()[:1]))
     cache = options.cache or None
     sizes = Sizes(options.slots, length, drafts=drafts, memory=memory, cache=cache)
@@ -122,7 +124,7 @@ def _engine(lm: Pretrained, options: Options, placement: Placement | None) -> En
 
 def _draft(lm: Pretrained, options: Options, placement: Placement | None) -> LM | None:
     """The model that guesses ahead, if there is one. Raises ConfigError for other tokens."""
-    if not options.draft_model:
+    if not options.draft_model or options.drafts == 0:
         return None
     draft = load(options.draft_model, options.dtype or None, placement)
     if draft.require_tokenizer().vocabulary != lm.require_tokenizer().vocabulary:
@@ -140,28 +142,38 @@ def _handed(lm: Pretrained) -> LM:
 
 
 def _keys(path: Path | None) -> tuple[str, ...]:
-    """Raises ConfigError for a file without a key."""
+    """Raises ConfigError for a file that cannot be read, or has no key."""
     if path is None:
         key = os.environ.get(_KEY, "")
         return (key,) if key else ()
-    lines = path.read_text("utf-8").splitlines()
+    try:
+        lines = path.read_text("utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is no text"
+        raise ConfigError(
+            f"--api-key-file {path} cannot be read ({reason}): give a file with a key a line"
+        ) from None
     keys = tuple(line.strip() for line in lines if line.strip())
     if not keys:
-        raise ConfigError(f"{path}: holds no key; write one a line, or leave --api-key-file out")
+        raise ConfigError(
+            f"--api-key-file {path} holds no key: write one a line, or leave the option out"
+        )
     return keys
 
 
 def _listen(host: str, port: int) -> socket.socket:
-    """Raises ConfigError where the port is taken: before minutes of compiling."""
+    """Raises ConfigError for an address that is not ours to take: before minutes of compiling."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listening = socket.socket(family, socket.SOCK_STREAM)
     listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listening.bind((host, port))
     except OSError as error:
+        ours = error.errno in (errno.EADDRINUSE, errno.EACCES)
+        change = "choose another --port, or 0 for a free one"
         raise ConfigError(
-            f"{host}:{port} cannot be listened on ({error.strerror}); choose another --port, or 0 "
-            "for a free one"
+            f"{host}:{port} cannot be listened on ({error.strerror}); "
+            + (change if ours else "--host is an address of this machine, or 0.0.0.0 for all")
         ) from None
     return listening
 

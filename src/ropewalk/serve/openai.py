@@ -59,11 +59,10 @@ class Server:
         yield
         await run_in_threadpool(self.host.service.stop)
 
-    async def drain(self) -> bool:
-        """Takes nothing more, and waits for what is being answered; whether all of it ended in
-        time."""
-        self.draining = True
-        return await self.host.service.drain(self._drain_s)
+    async def drain(self) -> None:
+        """Takes nothing more, and waits for what is being answered; asked again, it ends that."""
+        wait, self.draining = 0.0 if self.draining else self._drain_s, True
+        await self.host.service.drain(wait)
 
 
 def version() -> str:

@@ -16,7 +16,7 @@ class Options:
     max_length: int = 0
     queue: int = 256
     rules: str = ""
-    drafts: int = 0
+    drafts: int | None = None
     draft_model: str = ""
     api_key_file: Path | None = None
     drain: float = 30.0

@@ -18,7 +18,8 @@ from ropewalk.serve.slots import MOST_RANKED, Chosen, Slots, Written
 
 # Tokens whose logits a prefill with scores holds at a time.
 _SCORED = 64
-_EVERY = np.uint32(2**32 - 1)
+EVERY = np.uint32(2**32 - 1)
+"""bits of a word of tokens that may all be written"""
 
 
 @jax.tree_util.register_dataclass
@@ -164,7 +165,7 @@ class Programs:
             return state, lookup(tokens, own.position, count)
         model, vocab = with_parameters(self.draft, weights[1]), self.structure.config.vocab_size
         own_caches, caches = self._split(state.caches)
-        known, open_ = self.draft.config.vocab_size, jnp.full((1, -(-vocab // 32)), _EVERY)
+        known, open_ = self.draft.config.vocab_size, jnp.full((1, -(-vocab // 32)), EVERY)
 
         def guess(caches, ids, ahead):
             positions = own.position[:, None] + ahead + jnp.arange(1 - ids.shape[1], 1)
@@ -199,7 +200,7 @@ class Programs:
         """The tokens that slots write by logits [b, 1 + drafts, v]: each draws them one after the
         other, as it would without guesses, as long as the one drawn is the one guessed."""
         # Of a grammar the first token's bits are known only.
-        free = ~constrained | jnp.all(bits == _EVERY, axis=1)
+        free = ~constrained | jnp.all(bits == EVERY, axis=1)
         before, following = own, jnp.pad(drafts, ((0, 0), (0, 1)), constant_values=-1)
 
         def pick(carry, each):

@@ -110,7 +110,7 @@ class Service:
             snapshots=4 * sizes.slots if engine.recurrent else 0,
         )  # fmt: skip
         self.scheduler = Scheduler(self.limits)
-        self.open = 0
+        self.open, self._until = 0, 0.0
         self._state = engine.init_decode_state()
         self._inbox: queue.SimpleQueue[tuple[str, Any]] = queue.SimpleQueue()
         self._outbox: list[tuple[Job, Event]] = []
@@ -142,12 +142,13 @@ class Service:
         for job in jobs:
             self._inbox.put(("cancel", job))
 
-    async def drain(self, timeout_s: float) -> bool:
-        """Waits until nothing is served any more; whether that came in time."""
-        until = time.monotonic() + timeout_s
-        while self.open and time.monotonic() < until:
+    async def drain(self, timeout_s: float) -> None:
+        """Waits until nothing is served any more, and ends what is left when the time is over; who
+        calls again sets another time."""
+        self._until = time.monotonic() + timeout_s
+        while self.open and time.monotonic() < self._until:
             await asyncio.sleep(0.02)
-        return not self.open
+        self._inbox.put(("end", None))
 
     def stop(self) -> None:
         """Ends the thread."""
@@ -197,6 +198,9 @@ class Service:
                 self._stopping = True
             elif what == "cancel":
                 self._end(job, "cancelled")
+            elif what == "end":
+                for left in list(self._live):
+                    self._end(left, "error", "the server is shutting down")
             else:
                 self._live.add(job)
                 self._guarded(job, self.scheduler.add, job.sequence)

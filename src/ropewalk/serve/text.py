@@ -18,9 +18,11 @@ class Writer:
         stops: Sequence[str] = (),
         ends: Iterable[int] = (),
         spelled: Mapping[int, str] | None = None,
+        follows: bool = False,
     ):
-        """`ends`: ids that are no part of the text; `spelled`: special ids that are written out."""
-        self._decoder = StreamDecoder(tokenizer)
+        """`ends`: ids that are no part of the text; `spelled`: special ids that are written out;
+        `follows`: as of StreamDecoder."""
+        self._decoder = StreamDecoder(tokenizer, follows)
         self._stops, self._ends, self._spelled = stops, frozenset(ends), spelled or {}
         self._held = ""
         self.stopped = False
@@ -90,21 +92,28 @@ def chat_logprobs(tokenizer: Tokenizer, tokens: Sequence[Token], top: int) -> di
     return {"content": content, "refusal": None}
 
 
-def completion_logprobs(
-    tokenizer: Tokenizer, tokens: Sequence[Token], top: int, offset: int, unscored: int = 0
-) -> dict[str, Any]:
-    """As `choices[].logprobs` of a text completion; `offset` counts characters before the tokens,
-    and the first `unscored` have no log-probability."""
-    told: dict[str, Any] = {
-        "tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []
-    }  # fmt: skip
-    for number, token in enumerate(tokens):
-        text, _ = piece(tokenizer, token.id)
-        scored = number >= unscored
-        best = {piece(tokenizer, i)[0]: value for i, value in reversed(token.ranked[:top])}
-        told["tokens"].append(text)
-        told["token_logprobs"].append(max(token.logprob, -9999.0) if scored else None)
-        told["top_logprobs"].append({**best, text: token.logprob} if scored and top else None)
-        told["text_offset"].append(offset)
-        offset += len(text)
-    return told
+class Scores:
+    """`choices[].logprobs` of one text completion, told at once or piece by piece."""
+
+    def __init__(self, tokenizer: Tokenizer, top: int, follows: bool = False):
+        """`follows`: as of StreamDecoder."""
+        self._tokenizer, self._top = tokenizer, top
+        self._decoder, self._offset = StreamDecoder(tokenizer, follows), 0
+
+    def told(self, tokens: Sequence[Token], unscored: int = 0) -> dict[str, Any]:
+        """Of the next tokens; the first `unscored` have no log-probability. Offsets are those of
+        characters in the text: a token within one has that one's."""
+        told: dict[str, Any] = {
+            "tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []
+        }  # fmt: skip
+        for number, token in enumerate(tokens):
+            text, _ = piece(self._tokenizer, token.id)
+            scored, ranked = number >= unscored, reversed(token.ranked[: self._top])
+            best = {piece(self._tokenizer, i)[0]: value for i, value in ranked}
+            best = {**best, text: token.logprob} if scored and self._top else None
+            told["tokens"].append(text)
+            told["token_logprobs"].append(max(token.logprob, -9999.0) if scored else None)
+            told["top_logprobs"].append(best)
+            told["text_offset"].append(self._offset)
+            self._offset += len(self._decoder.feed(token.id))
+        return told

@@ -18,6 +18,7 @@ ARRIVAL_S = 30.0
 READING_S = 120.0
 """in which a client must take some of what waits for it"""
 _LINGER_S = 2.0
+_END_S = 5
 
 
 def config(app: Any, **more: Any) -> uvicorn.Config:
@@ -25,6 +26,8 @@ def config(app: Any, **more: Any) -> uvicorn.Config:
     chosen: dict[str, Any] = {
         "http": Protocol, "ws": "none", "lifespan": "on", "log_config": None, "access_log": False,
         "server_header": False, "timeout_keep_alive": 75, "backlog": 2048,
+        # When answers have ended already: for who does not read his, or sends no more.
+        "timeout_graceful_shutdown": _END_S,
     }  # fmt: skip
     return uvicorn.Config(app, **{**chosen, **more})
 

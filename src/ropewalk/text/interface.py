@@ -97,10 +97,10 @@ class Tokenizer(ABC):
         """The Jinja template of a conversation, if there is one."""
         return self.roles.chat_template
 
-    def decode(self, ids: Sequence[int]) -> str:
+    def decode(self, ids: Sequence[int], follows: bool = False) -> str:
         """The text of some ids: special tokens are left out; broken UTF-8, and ids beyond the
-        tokenizer's, become U+FFFD."""
-        decoder = StreamDecoder(self)
+        tokenizer's, become U+FFFD. What `follows` other text keeps a space at its beginning."""
+        decoder = StreamDecoder(self, follows)
         return "".join(decoder.feed(i) for i in ids) + decoder.finish()
 
     def spelling(self, token: int) -> str:
@@ -157,9 +157,9 @@ class StreamDecoder:
     """Ids one by one to text; a character comes out whole, and all pieces together equal
     `decode`."""
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self, tokenizer: Tokenizer, follows: bool = False) -> None:
         self._pieces = tokenizer.vocabulary.pieces
-        self._strip = tokenizer.vocabulary.leading_space
+        self._strip = tokenizer.vocabulary.leading_space and not follows
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
 
     def feed(self, token: int) -> str:

@@ -298,7 +298,8 @@ class _Loop:
             return ""
         ids = tokenizer.encode_prompt(prompt) or list(tokenizer.eos_ids[:1])
         written = [new.token for new in decoder.stream([ids], sampling, tokenizer.eos_ids)]
-        return tokenizer.decode([token for token in written if token not in tokenizer.eos_ids])
+        text = [token for token in written if token not in tokenizer.eos_ids]
+        return tokenizer.decode(text, follows=True)
 
     def _save(self, wait: bool = False) -> None:
         begun = time.monotonic()
