@@ -18,6 +18,7 @@ import json
 import os
 import random
 import subprocess
+import sys
 import tempfile
 import time
 import urllib.error
@@ -93,7 +94,12 @@ def compare(options: argparse.Namespace) -> dict[str, Any]:
                     if name == "ropewalk" and turn == 0:
                         cached = asyncio.run(prefixed(address))
                     for streams in options.streams:
-                        told = asyncio.run(measured(address, streams, options, turn))
+                        try:
+                            told = asyncio.run(measured(address, streams, options, turn))
+                        except httpx.TransportError as error:  # the others are still measured
+                            print(f"{name} ended at {streams} streams: {error}", file=sys.stderr)
+                            break
+                        print(name, streams, told, file=sys.stderr)
                         found.setdefault(name, {}).setdefault(streams, []).append(told)
         if options.transformers:
             for streams, rate in generated(options, wide, Path(scratch)).items():
