@@ -16,8 +16,12 @@ _MOST_BYTES = 4 << 30
 def programs_directory() -> Path:
     """Where compiled programs are kept: JAX_COMPILATION_CACHE_DIR, or the user's cache."""
     named = os.environ.get("JAX_COMPILATION_CACHE_DIR")
-    home = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser()
-    return Path(named) if named else home / "ropewalk" / "programs"
+    return Path(named) if named else _home() / "programs"
+
+
+def kernels_directory() -> Path:
+    """Where kernels that were built for this machine are kept: in the user's cache."""
+    return _home() / "kernels"
 
 
 def keep_programs() -> None:
@@ -47,3 +51,7 @@ def release_compiler_memory() -> None:
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)
+
+
+def _home() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "ropewalk"

@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 
 from ropewalk.ops import mask
-from ropewalk.ops.attention import Attend, Block, streamed
+from ropewalk.ops.attention import Attend, Block, paged, streamed
+from ropewalk.ops.kernels import cpu
 from ropewalk.parallel.axes import platform
 
 Buffers = tuple[jax.Array, ...]
@@ -193,6 +194,11 @@ class Paged:
         lengths."""
         cache, many, size = self._put(new), together_of(self.size), self.size
         view = self.viewed
+        if q.shape[1] <= _FEW and read is _as_stored and cache._lies_for(q) and cpu.ready():
+            seen, queries = (view.pages, view.there, view.owner), (positions, segment_ids)
+            pools: Any = cache.buffers
+            y = paged(q, pools, cache.scales, seen, queries, view.count, near, **how)
+            return y, cache
         # Few narrow rows take a CPU longer than wide ones.
         dtype = jnp.float32 if platform() == "cpu" and q.shape[1] <= _FEW else q.dtype
 
@@ -213,6 +219,11 @@ class Paged:
         if self.view is None:
             raise ValueError("a paged cache is looked at through a view; give it one")
         return self.view
+
+    def _lies_for(self, q: jax.Array) -> bool:
+        """Whether a kernel can read the pages for such queries where they lie."""
+        kinds = {buffer.dtype for buffer in self.buffers}
+        return q.dtype in (jnp.bfloat16, jnp.float32) and kinds in ({q.dtype}, {jnp.dtype("int8")})
 
     def _put(self, new: Sequence[jax.Array]) -> "Paged":
         page, place = jnp.divmod(self.viewed.place, self.size)

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from ropewalk.core.errors import LayoutError
+from ropewalk.ops.kernels import cpu
 from ropewalk.ops.matmul import transposed
 
 Attend = Callable[..., jax.Array]
@@ -107,6 +108,31 @@ def streamed(
 
     _, total, y = jax.lax.fori_loop(0, count, step, (top, total, y))
     return _by_token((y / total).astype(v.dtype), seen.shape[1])
+
+
+def paged(
+    q: jax.Array,
+    pools: tuple[jax.Array, jax.Array],
+    scales: tuple[jax.Array, ...],
+    seen: tuple[jax.Array, jax.Array, jax.Array],
+    queries: tuple[jax.Array, jax.Array],
+    count: jax.Array,
+    near: tuple[int | None, int | None],
+    scale: float,
+    soft_cap: float | None = None,
+    sinks: jax.Array | None = None,
+) -> jax.Array:
+    """As `streamed`, by a CPU's kernel over pages where they lie: see `kernels.cpu.attend`.
+
+    q [b,t,n,h] -> [b,t,n,g]
+    """
+    heads, t = pools[0].shape[1], q.shape[1]
+    rows, by_head = _by_head(q, heads), _sinks_by_head(sinks, heads, t)
+    if by_head is None:
+        by_head = jnp.full((heads, rows.shape[2]), _MASKED, jnp.float32)
+    by_head = by_head.reshape(heads, -1)
+    y = cpu.attend(rows, pools, scales, seen, queries, count, by_head, near, scale, soft_cap)
+    return _by_token(y, t)
 
 
 IMPLEMENTATIONS: dict[str, Attend] = {

@@ -5,6 +5,7 @@ import math
 import jax
 import jax.numpy as jnp
 
+from ropewalk.ops.kernels import cpu
 from ropewalk.parallel.axes import platform
 
 
@@ -39,8 +40,10 @@ def project_rows(x: jax.Array, weight: jax.Array, contract: int = 1) -> jax.Arra
         dims = (tuple(range(len(leading), x.ndim)), tuple(range(first, weight.ndim)))
         return jax.lax.dot_general(x, weight, (dims, ((), ())))
     flat = x.reshape(math.prod(leading), math.prod(inner))
-    rows = jnp.concatenate([flat, flat]) if _lonely(flat) else flat
     table = weight.reshape(math.prod(outer), math.prod(inner))
+    if flat.dtype == jnp.bfloat16 and flat.shape[0] <= cpu.MOST_ROWS and cpu.ready():
+        return cpu.rows(flat, table).reshape(*leading, *outer)
+    rows = jnp.concatenate([flat, flat]) if _lonely(flat) else flat
     product = jax.lax.dot_general(rows, table, (((1,), (1,)), ((), ())))
     return product[: flat.shape[0]].reshape(*leading, *outer)
 
