@@ -9,6 +9,7 @@ import pytest
 
 from ropewalk.core.errors import ModelError
 from ropewalk.layers import cache as caches
+from ropewalk.ops.kernels import cpu
 from ropewalk.parallel import mesh
 from ropewalk.parallel.axes import Placement, shardings
 from ropewalk.parallel.rules import RULES
@@ -283,6 +284,34 @@ def test_bfloat16_decodes_what_it_would_train_on(name):
     )
     full = np.asarray(jax.nn.log_softmax(logits[0]))[11:-1]
     assert np.max(np.abs(full[np.arange(new), tokens] - scores)) < 0.15
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="JAX's device here is no CPU")
+def test_with_kernels_for_a_cpu_the_batch_does_not_change_a_bit(monkeypatch):
+    """A sequence's log-probabilities in bfloat16 are those of a full pass but for rounding, and the
+    same bits alone as beside others, one of which is far longer."""
+    it = tiny("llama", "every")
+    narrow = {path: value.astype(jnp.bfloat16) for path, value in it.params.items()}
+    monkeypatch.setattr(cpu, "ready", lambda: True)
+    assert cpu.built() is None
+    desk = Desk(Engine(it.model(narrow), SIZES))
+    prompts = [prompt(3, 12), prompt(4, 30), prompt(5, 2)]
+    tables = [desk.table() for _ in prompts]
+    found, first = [], -1
+    for slots in ([0], [0, 1, 2]):
+        for slot in slots:
+            prefix = desk.prefill(Segment(prompts[slot], 0, tables[slot]))
+            chosen = desk.insert(prefix, (0, slot, Settings(limit=NEW)))
+            first = int(chosen.token[0]) if slot == 0 else first
+        wrote = desk.write({slot: tables[slot] for slot in slots}, 12)
+        found.append([(int(c.token[0, 0]), float(c.logprob[0, 0])) for c in wrote])
+    assert found[0] == found[1]
+    monkeypatch.setattr(cpu, "ready", lambda: False)
+    text = [*prompts[0], first, *[token for token, _ in found[0]]]
+    logits = jax.jit(lambda params, ids: it.model(params)(ids)[0])(narrow, jnp.asarray([text]))
+    full = np.asarray(jax.nn.log_softmax(logits[0]))[12:-1]
+    for row, (token, score) in zip(full, found[0], strict=True):
+        assert abs(row[token] - score) < 0.15  # as above
 
 
 def test_a_decoding_step_copies_no_pages(llama):

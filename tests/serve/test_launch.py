@@ -30,7 +30,9 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def running(directory: Path, *more: str) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
     """The process and its address, when it is ready."""
     command = [sys.executable, "-m", "ropewalk", "serve", str(directory), "--port", "0", *more]
-    environment = {**os.environ, "GLIBC_TUNABLES": ""}
+    # One device, as users have: with the kernels for it.
+    flags = "--xla_backend_optimization_level=0"
+    environment = {**os.environ, "GLIBC_TUNABLES": "", "XLA_FLAGS": flags}
     with tempfile.TemporaryFile("w+") as told:
         process = subprocess.Popen(command, stderr=told, env=environment)
         try:

@@ -29,7 +29,7 @@ FORBIDDEN: dict[str, tuple[str, ...]] = {
     "torch": (), "tensorflow": (), "transformers": (),
     "flax.linen": (), "flax.nnx.bridge": (), "flax.nnx.jit": (), "flax.nnx.scan": (),
     "flax.nnx.Intermediate": (), "self.sow": (),
-    "jax.experimental.pallas": ("ops/kernels",),
+    "jax.experimental.pallas": ("ops/kernels",), "jax.ffi": ("ops/kernels",),
 }  # fmt: skip
 
 # Words of a foreign file format that are spelt like a family, by file.

@@ -61,7 +61,8 @@ def _facts() -> dict[str, Any]:
         "system": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
         "memory": f"{physical_memory() / 2**30:.1f} GiB of RAM",
         "disk": f"{shutil.disk_usage(Path.cwd()).free / 2**30:.1f} GiB free here",
-        "devices": _devices(),
+        "devices": (devices := _devices()),
+        "kernels": _kernels(devices),
         "programs": f"kept in {programs_directory()}",
         "versions": {name: _version(name) for name in _PACKAGES},
     }
@@ -78,6 +79,14 @@ def _devices() -> str:
     sizes = [(device.memory_stats() or {}).get("bytes_limit", 0) for device in found]
     memory = f", {sizes[0] / 2**30:.1f} GiB each" if sizes[0] else ""
     return f"{len(found)} x {found[0].platform} ({kind}{memory})"
+
+
+def _kernels(devices: str) -> str:
+    if " x cpu" not in devices:
+        return "XLA's"
+    from ropewalk.ops.kernels import cpu  # start-up time
+
+    return cpu.built() or "built for this CPU"
 
 
 def _accelerator_advice(facts: dict[str, Any]) -> list[str]:

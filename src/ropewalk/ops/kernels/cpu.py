@@ -5,6 +5,7 @@ user's cache, called by compiled programs. Without a compiler XLA's own code doe
 import ctypes
 import functools
 import hashlib
+import importlib.metadata
 import os
 import platform as machine
 import shutil
@@ -21,12 +22,15 @@ from ropewalk.core.log import log
 from ropewalk.core.storage import private_dir
 from ropewalk.parallel.axes import platform
 
-MOST_ROWS = 32
+MOST_ROWS = 64
 """rows from which on XLA's products are as fast"""
 _SOURCE = Path(__file__).with_suffix(".cc")
-_FLAGS = ("-std=c++17", "-O3", "-march=native", "-shared", "-fPIC", "-w")
+_ARM = machine.machine() in ("arm64", "aarch64")
+_FLAGS = (
+    "-std=c++17", "-O3", "-mcpu=native" if _ARM else "-march=native", "-shared", "-fPIC", "-w",
+)  # fmt: skip
+_NAME = "ropewalk"
 _COMPILERS = "c++", "g++", "clang++"
-_TARGETS = {"rows": "ropewalk_rows", "attend": "ropewalk_attend"}
 
 
 def ready() -> bool:
@@ -42,22 +46,30 @@ def built() -> str | None:
     if compiler is None:
         return _without(f"no C++ compiler ({', '.join(_COMPILERS)}) is on PATH")
     try:
-        library = ctypes.CDLL(str(_library(compiler)))
+        register(_NAME, library(compiler))
     except subprocess.CalledProcessError as error:
         return _without(f"{compiler} refuses their source: {error.stderr.strip()[-500:]}")
     except (OSError, subprocess.SubprocessError) as error:
         return _without(f"they cannot be built by {compiler}: {error}")
-    for name, target in _TARGETS.items():
-        handler = jax.ffi.pycapsule(getattr(library, target))
-        jax.ffi.register_ffi_target(f"ropewalk.{name}", handler, platform="cpu")
     return None
+
+
+def register(name: str, path: Path) -> None:
+    """Makes the kernels of a library known to XLA as `name`.rows and `name`.attend."""
+    found = ctypes.CDLL(str(path))
+    for kernel in ("rows", "attend"):
+        handler = jax.ffi.pycapsule(getattr(found, f"ropewalk_{kernel}"))
+        jax.ffi.register_ffi_target(f"{name}.{kernel}", handler, platform="cpu")
 
 
 @jax.custom_jvp
 def rows(x: jax.Array, weight: jax.Array) -> jax.Array:
-    """x bfloat16 [m, in] times weight bfloat16 [out, in], summed in float32: bfloat16 [m, out]."""
+    """x bfloat16 [m, in] times weight bfloat16 [out, in], summed in float32: bfloat16 [m, out].
+
+    A row's bits do not depend on the rows beside it.
+    """
     shape = jax.ShapeDtypeStruct((x.shape[0], weight.shape[0]), x.dtype)
-    return jax.ffi.ffi_call("ropewalk.rows", shape, vmap_method="sequential")(x, weight)
+    return jax.ffi.ffi_call(f"{_NAME}.rows", shape, vmap_method="sequential")(x, weight)
 
 
 @rows.defjvp
@@ -92,7 +104,7 @@ def attend(
     """
     none = jnp.zeros(0, jnp.float32)
     shape = jax.ShapeDtypeStruct((*q.shape[:3], pools[1].shape[3]), q.dtype)
-    call = jax.ffi.ffi_call("ropewalk.attend", shape)
+    call = jax.ffi.ffi_call(f"{_NAME}.attend", shape)
     window, chunk = (np.int32(each or 0) for each in near)
     return call(
         q, *pools, *(scales or (none, none)), *seen, *queries, count, sinks,
@@ -108,11 +120,12 @@ def _without(reason: str) -> str:
     return reason
 
 
-def _library(compiler: str) -> Path:
-    """The built library; its name says what it was built from, by whom and for which processor."""
+def library(compiler: str, flags: tuple[str, ...] = _FLAGS) -> Path:
+    """The library, built if it was not yet; its name says from what, by whom and for which
+    processor. Raises OSError or SubprocessError."""
     include = jax.ffi.include_dir()
-    version = _run(compiler, "--version")
-    parts = [_SOURCE.read_text(), " ".join(_FLAGS), version, jax.lib.__version__, _processor()]
+    version, jaxlib = _run(compiler, "--version"), importlib.metadata.version("jaxlib")
+    parts = [_SOURCE.read_text(), " ".join(flags), version, jaxlib, _processor()]
     name = hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32]
     try:
         directory = private_dir(kernels_directory())
@@ -123,7 +136,7 @@ def _library(compiler: str) -> Path:
         log.info("building kernels for this CPU, once")
         handle, made = tempfile.mkstemp(dir=directory, suffix=".so")
         os.close(handle)
-        _run(compiler, *_FLAGS, "-I", include, str(_SOURCE), "-o", made)
+        _run(compiler, *flags, "-I", include, str(_SOURCE), "-o", made)
         os.replace(made, path)
     return path
 
