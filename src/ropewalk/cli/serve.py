@@ -28,8 +28,7 @@ def serve(
         int, typer.Option(min=1, help="sequences that may wait for a slot; more are answered 429")
     ] = Options.queue,
     rules: Annotated[
-        str,
-        typer.Option(help="spreads the model over all devices by a table of training, e.g. tensor"),
+        str, typer.Option(help="spreads the model over all devices by training's table, e.g. tensor")
     ] = Options.rules,
     drafts: Annotated[
         int | None,

@@ -74,8 +74,11 @@ class LM(nnx.Module):
 
     def context(self, positions: jax.Array, segment_ids: jax.Array) -> Context:
         """What all layers share at these positions and segments, int32 [b, t]."""
+        # A barrier, or XLA takes the sine and cosine of every angle anew in every layer.
         turns = {
-            name: Turn(*rotation.angles(positions), rotation.interleaved)
+            name: Turn(
+                *jax.lax.optimization_barrier(rotation.angles(positions)), rotation.interleaved
+            )
             for name, rotation in self.rotations
         }
         return Context(positions, segment_ids, turns)

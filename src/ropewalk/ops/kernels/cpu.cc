@@ -49,6 +49,8 @@ constexpr int kTile = 4;
 #else
 constexpr int kTile = 2;
 #endif
+// Outputs ahead of those at work whose weights are fetched meanwhile.
+constexpr int64_t kAhead = 16;
 constexpr float kMasked = -1e30f;
 
 Floats widen(Floats x) { return x; }
@@ -125,7 +127,8 @@ void tile(const T* x, const T* w, Y* y, int64_t inner, int64_t stride) {
   int64_t k = 0;
   for (; k + 2 * kLanes <= inner; k += 2 * kLanes)
     for (int n = 0; n < N; n++) {
-      __builtin_prefetch(w + (N + n) * inner + k);  // what the next outputs need
+      // As many as are read here, in the order in which they lie.
+      __builtin_prefetch(w + kAhead * inner + N * k + n * 2 * kLanes, 0, 2);
       for (int m = 0; m < M; m++)
         multiply(x + m * inner + k, w + n * inner + k, sums[m * N + n]);
     }
@@ -183,8 +186,8 @@ ffi::Error rows(ffi::ThreadPool pool, ffi::Buffer<ffi::BF16> x, ffi::Buffer<ffi:
   int64_t many = x.dimensions()[0], inner = x.dimensions()[1], outer = w.dimensions()[0];
   auto from = (const bf16*)x.untyped_data(), weight = (const bf16*)w.untyped_data();
   auto to = (bf16*)y->untyped_data();
-  // As much of the weight at a time as a core's own cache keeps.
-  int64_t part = std::max<int64_t>(16, (1 << 16) / (2 * inner) / 16 * 16);
+  // Long enough to be read at full speed, short enough to end together.
+  int64_t part = std::clamp<int64_t>(outer / (2 * pool.num_threads()) / 16 * 16, 48, 384);
   parallel(pool, (outer + part - 1) / part, [=](int64_t i) {
     int64_t n = i * part;
     product(from, weight + n * inner, to + n, many, std::min(part, outer - n), inner, outer);
@@ -248,84 +251,133 @@ float sum(Floats x) {
 #endif
 }
 
-// The numbers [size, features] of a head's part of a page, as T; int8 ones times their scales.
+template <class T>
+void fetch(const T* from, int64_t count) {
+  for (int64_t i = 0; i < count; i += 64 / sizeof(T)) __builtin_prefetch(from + i, 0, 2);
+}
+
+// The numbers [size, features] of a head's part of a page as T, a row each `stride`, zeros behind
+// them: where they lie if they can, else in `room`. int8 ones are multiplied by their scales.
 template <class T, class Stored>
 const T* as(const Stored* from, const float* scales, int64_t size, int64_t features,
-            std::vector<T>& room) {
-  if constexpr (std::is_same_v<Stored, T>) return from;
-  room.resize(size * features);
+            int64_t stride, std::vector<T>& room) {
+  if constexpr (std::is_same_v<Stored, T>)
+    if (stride == features) return from;
+  room.resize(size * stride);
   for (int64_t s = 0; s < size; s++)
-    for (int64_t i = 0; i < features; i += kLanes) {
-      int64_t at = s * features + i, left = std::min(kLanes, features - i);
-      Floats x = load(from + at, left);
-      put(std::is_same_v<Stored, int8_t> ? x * scales[s] : x, &room[at], left);
+    for (int64_t i = 0; i < stride; i += kLanes) {
+      Floats x = load(from + s * features + i, std::clamp(features - i, int64_t{0}, kLanes));
+      put(std::is_same_v<Stored, int8_t> ? x * scales[s] : x, &room[s * stride + i],
+          std::min(kLanes, stride - i));
     }
   return room.data();
+}
+
+// Adds values [size, stride] by the weights of R rows to what J registers a row hold.
+template <int R, int J, class T>
+void mix(const T* values, int64_t size, int64_t stride, const float* weights, int64_t row,
+         float* found) {
+  Floats sums[R][J];
+  for (int r = 0; r < R; r++)
+    for (int j = 0; j < J; j++) sums[r][j] = load(found + r * stride + j * kLanes);
+  for (int64_t s = 0; s < size; s++)
+    for (int j = 0; j < J; j++) {
+      Floats value = load(values + s * stride + j * kLanes);
+      for (int r = 0; r < R; r++) sums[r][j] += value * weights[r * row + s];
+    }
+  for (int r = 0; r < R; r++)
+    for (int j = 0; j < J; j++) put(sums[r][j], found + r * stride + j * kLanes, kLanes);
+}
+
+template <int R, class T>
+void mix_rows(const T* values, int64_t size, int64_t stride, const float* weights, int64_t row,
+              float* found) {
+  int64_t i = 0;
+  for (; i + kTile * kLanes <= stride; i += kTile * kLanes)
+    mix<R, kTile>(values + i, size, stride, weights, row, found + i);
+  for (; i < stride; i += kLanes) mix<R, 1>(values + i, size, stride, weights, row, found + i);
+}
+
+// Scores [size] of a row: scaled, capped, masked, and their exponentials above the running `top`,
+// whose sum goes to `all`. Returns what earlier sums are to be multiplied by.
+float soften(const Pages& p, float* scores, const Ints* open, int64_t size, float& top,
+             float& all) {
+  Floats highest = Floats{} + top;
+  for (int64_t s = 0; s < size; s += kLanes) {
+    Floats x = load(scores + s) * p.scale;
+    if (p.soft_cap > 0)
+      for (int lane = 0; lane < kLanes; lane++)
+        x[lane] = p.soft_cap * std::tanh(x[lane] / p.soft_cap);
+    x = open[s / kLanes] ? x : Floats{} + kMasked;
+    highest = x > highest ? x : highest;
+    put(x, scores + s, kLanes);
+  }
+  float most = largest(highest), kept = power(Floats{top - most})[0];
+  Floats each = {};
+  for (int64_t s = 0; s < size; s += kLanes) {
+    Floats x = power(load(scores + s) - most);
+    each += x;
+    put(x, scores + s, kLanes);
+  }
+  top = most, all = all * kept + sum(each);
+  return kept;
 }
 
 // The queries [rows, inner] of one sequence that share a head of keys: y [rows, outer].
 template <class Stored, class T>
 void look(const Pages& p, int64_t b, int64_t head, const T* q, const float* sinks, int64_t rows,
           T* y) {
-  thread_local std::vector<T> keys, values;
+  constexpr int64_t kPages = 16;  // whose scores are softened together
+  thread_local std::vector<T> key_room, value_room;
   thread_local std::vector<float> room;
   thread_local std::vector<Ints> open;
-  int64_t size = (p.size + kLanes - 1) / kLanes * kLanes;
-  constexpr int64_t kWide = 4;  // sums side by side, so that none waits for the one before
-  int64_t outer = (p.outer + kWide * kLanes - 1) / (kWide * kLanes) * kWide * kLanes;
-  room.assign(rows * (size + outer + 2) + size * outer, 0.0f);
-  open.resize(p.times * size / kLanes);
-  float *scores = room.data(), *found = scores + rows * size, *wide = found + rows * outer;
-  float *top = wide + size * outer, *all = top + rows;
+  int64_t size = (p.size + kLanes - 1) / kLanes * kLanes, wide = kPages * size;
+  int64_t outer = (p.outer + kLanes - 1) / kLanes * kLanes;
+  room.assign(rows * (wide + outer + 2), 0.0f);
+  open.resize(p.times * wide / kLanes);
+  float *scores = room.data(), *found = scores + rows * wide, *top = found + rows * outer;
+  float* all = top + rows;
   for (int64_t r = 0; r < rows; r++) top[r] = sinks[r], all[r] = 1;
-  for (int64_t column = 0; column < p.count; column++) {
-    Ints any = {};
-    for (int64_t time = 0; time < p.times; time++)
-      for (int64_t s = 0; s < size; s += kLanes) {
-        Ints seen = p.seen(b, time, column * p.size + s, std::min(kLanes, p.size - s));
-        any |= open[(time * size + s) / kLanes] = seen;
-      }
-    if (sum(__builtin_convertvector(any, Floats)) == 0) continue;
-    int64_t at = (p.pages[b * p.columns + column] * p.heads + head) * p.size;
-    auto key =
-        as<T>((const Stored*)p.keys + at * p.inner, p.key_scales + at, p.size, p.inner, keys);
-    product(q, key, scores, rows, p.size, p.inner, size);
-    auto value =
-        as<T>((const Stored*)p.values + at * p.outer, p.value_scales + at, p.size, p.outer, values);
-    for (int64_t s = 0; s < p.size; s++)
-      for (int64_t i = 0; i < p.outer; i += kLanes) {
-        Floats part = load(value + s * p.outer + i, std::min(kLanes, p.outer - i));
-        std::memcpy(wide + s * outer + i, &part, sizeof part);
-      }
+  auto part = [&](int64_t column) {
+    return (p.pages[b * p.columns + column] * p.heads + head) * p.size;
+  };
+  auto keys = (const Stored*)p.keys, values = (const Stored*)p.values;
+  for (int64_t start = 0; start < p.count; start += kPages) {
+    int64_t many = std::min(kPages, p.count - start);
+    bool seen[kPages] = {}, some = false;
+    for (int64_t j = 0; j < many; j++) {
+      if (start + j + 1 < p.count) fetch(keys + part(start + j + 1) * p.inner, p.size * p.inner);
+      Ints any = {};
+      for (int64_t time = 0; time < p.times; time++)
+        for (int64_t s = 0; s < size; s += kLanes) {
+          int64_t place = (start + j) * p.size + s;
+          Ints yes = p.seen(b, time, place, std::min(kLanes, p.size - s));
+          any |= open[(time * wide + j * size + s) / kLanes] = yes;
+        }
+      some |= seen[j] = sum(__builtin_convertvector(any, Floats)) != 0;
+      if (!seen[j]) continue;
+      int64_t at = part(start + j);
+      fetch(values + at * p.outer, p.size * p.outer);
+      auto key = as<T>(keys + at * p.inner, p.key_scales + at, p.size, p.inner, p.inner, key_room);
+      product(q, key, scores + j * size, rows, p.size, p.inner, wide);
+    }
+    if (!some) continue;
     for (int64_t r = 0; r < rows; r++) {
-      float* score = scores + r * size;
-      Floats highest = Floats{} + top[r];
-      for (int64_t s = 0; s < size; s += kLanes) {
-        Floats x = load(score + s) * p.scale;
-        if (p.soft_cap > 0)
-          for (int lane = 0; lane < kLanes; lane++)
-            x[lane] = p.soft_cap * std::tanh(x[lane] / p.soft_cap);
-        x = open[(r % p.times * size + s) / kLanes] ? x : Floats{} + kMasked;
-        highest = x > highest ? x : highest;
-        put(x, score + s, kLanes);
-      }
-      float most = largest(highest), kept = power(Floats{top[r] - most})[0];
-      Floats weights = {};
-      for (int64_t s = 0; s < size; s += kLanes) {
-        Floats each = power(load(score + s) - most);
-        weights += each;
-        put(each, score + s, kLanes);
-      }
-      top[r] = most, all[r] = all[r] * kept + sum(weights);
-      for (int64_t i = 0; i < outer; i += kWide * kLanes) {
-        Floats part[kWide];
-        float* to = found + r * outer + i;
-        for (int j = 0; j < kWide; j++) part[j] = load(to + j * kLanes) * kept;
-        for (int64_t s = 0; s < p.size; s++)
-          for (int j = 0; j < kWide; j++)
-            part[j] += load(wide + s * outer + i + j * kLanes) * score[s];
-        for (int j = 0; j < kWide; j++) put(part[j], to + j * kLanes, kLanes);
-      }
+      float kept = soften(p, scores + r * wide, &open[r % p.times * wide / kLanes], many * size,
+                          top[r], all[r]);
+      for (int64_t i = r * outer; i < (r + 1) * outer; i += kLanes)
+        put(load(found + i) * kept, found + i, kLanes);
+    }
+    for (int64_t j = 0; j < many; j++) {
+      if (!seen[j]) continue;
+      int64_t at = part(start + j), r = 0;
+      auto value =
+          as<T>(values + at * p.outer, p.value_scales + at, p.size, p.outer, outer, value_room);
+      const float* weights = scores + j * size;
+      for (; r + 3 <= rows; r += 3)
+        mix_rows<3>(value, p.size, outer, weights + r * wide, wide, found + r * outer);
+      for (; r < rows; r++)
+        mix_rows<1>(value, p.size, outer, weights + r * wide, wide, found + r * outer);
     }
   }
   for (int64_t r = 0; r < rows; r++)
