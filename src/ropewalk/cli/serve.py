@@ -28,7 +28,7 @@ def serve(
         int, typer.Option(min=1, help="sequences that may wait for a slot; more are answered 429")
     ] = Options.queue,
     rules: Annotated[
-        str, typer.Option(help="spreads the model over all devices by training's table, e.g. tensor")
+        str, typer.Option(help="spreads the model over all devices as training does, e.g. tensor")
     ] = Options.rules,
     drafts: Annotated[
         int | None,
@@ -36,8 +36,7 @@ def serve(
             min=0,
             max=16,
             show_default=False,
-            help="tokens guessed ahead of every step, from the text or by a draft model; answers "
-            "stay the same; by default 0, with a draft model 4",
+            help="tokens guessed ahead of a step; by default 0, and 4 where a draft model guesses",
         ),
     ] = Options.drafts,
     draft_model: Annotated[
