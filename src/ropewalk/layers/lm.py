@@ -74,13 +74,11 @@ class LM(nnx.Module):
 
     def context(self, positions: jax.Array, segment_ids: jax.Array) -> Context:
         """What all layers share at these positions and segments, int32 [b, t]."""
-        # A barrier, or XLA takes the sine and cosine of every angle anew in every layer.
-        turns = {
-            name: Turn(
-                *jax.lax.optimization_barrier(rotation.angles(positions)), rotation.interleaved
-            )
-            for name, rotation in self.rotations
-        }
+        turns = {}
+        for name, rotation in self.rotations:
+            # A barrier, or XLA takes the cosine and sine of every angle anew in every layer.
+            cos, sin = jax.lax.optimization_barrier(rotation.angles(positions))
+            turns[name] = Turn(cos, sin, rotation.interleaved)
         return Context(positions, segment_ids, turns)
 
     def unembed(self, x: jax.Array) -> jax.Array:
