@@ -28,7 +28,7 @@ from xdist.scheduler import LoadScopeScheduling
 # there are no more.
 _MAPS = 30_000
 _FAMILIES = {path.stem for path in Path(__file__).parents[1].glob("src/ropewalk/models/[!_]*.py")}
-_SERVER = re.compile(r"tests/serve/test_(server|service|responses|bad_input)\.py")
+_SERVER = re.compile(r"tests/serve/test_(server|service|states|responses|bad_input)\.py")
 
 
 @pytest.fixture(autouse=True)

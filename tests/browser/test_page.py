@@ -138,7 +138,7 @@ def test_an_answer_comes_piece_by_piece(page, slow):
     assert page.text("article pre") == code
     assert page.run("return document.querySelector('article b')") is None
     assert page.text("details .text") == ""
-    page.click("summary")
+    page.click("article summary")
     assert page.text("details .text") == THOUGHT
     assert page.run("return said") == ["Waiting for the answer.", f"Answer: {ANSWER}"]
     assert page.errors() == []
@@ -216,6 +216,38 @@ def test_an_error_is_told_and_nothing_is_lost(page, server: Server, monkeypatch,
     finished(page)
     assert [m["content"] for m in bodies(page)[-1]["messages"]] == ["Are you there?"]
     assert page.text("article [role=alert]") == ""
+
+
+def test_an_error_is_an_alert_only_where_it_happens(page, address):
+    page.run("""
+        window.alerts = [];
+        const found = (node) => node.nodeType === 1 ? [node, ...node.querySelectorAll('*')] : [];
+        new MutationObserver((changes) => {
+          for (const {target, addedNodes} of changes) for (const node of addedNodes) {
+            const around = target.closest('[role=alert]');
+            const all = around ? [around] : found(node).filter((one) => one.role === 'alert');
+            alerts.push(...all.map((one) => one.textContent).filter(Boolean));
+          }
+        }).observe(document.body, {childList: true, subtree: true})""")
+    left = "return document.querySelectorAll('article [role=alert]:not(:empty)').length"
+    for count in (1, 2):
+        further(page, {"temperature": 9})
+        say(page, "Hello")
+        assert shown(page, "answered 400", "article:last-child [role=alert]")
+        assert page.run(left) == 1 and len(page.run("return alerts")) == count
+        further(page, literally("Yes."))
+        say(page, "And now?")
+        page.until(lambda: last(page) == "Yes.")
+        finished(page)
+        assert page.run(left) == 0 and "answered 400" in page.text("article .wrong")
+    further(page, {"temperature": 9})
+    say(page, "Hello")
+    assert shown(page, "answered 400", "article:last-child [role=alert]")
+    page.click("#new")
+    page.click("#back")
+    assert len(page.run("return alerts")) == 3 and page.run(left) == 0
+    page.open(address)
+    assert shown(page, "answered 400", "article:last-child .wrong") and page.run(left) == 0
 
 
 def test_what_the_server_refuses_is_told_in_its_words(page):
@@ -326,6 +358,92 @@ def test_everything_goes_with_the_keyboard_alone(page):
     assert page.run(HEADINGS) == ["You", "tiny"]
 
 
+@pytest.mark.parametrize(("touch", "to"), [(False, "box"), (True, "scroll")])
+def test_the_focus_is_not_lost_with_the_stop_button(page, slow, touch, to):
+    if touch:
+        page.run("window.matchMedia = () => ({matches: true})")
+    further(page, literally(ANSWER))
+    say(page, "How is a rope made?")
+    page.until(lambda: last(page))
+    reached(page, "Stop", "Tab")
+    finished(page)
+    assert page.run("return document.activeElement.id") == to
+
+
+def test_what_stays_keeps_focus_and_selection(page, slow):
+    further(page, literally(ANSWER))
+    say(page, "How is a rope made?")
+    finished(page)
+    page.run("""
+        window.kept = [...document.querySelectorAll('article *:not(button)')];
+        const buttons = [...document.querySelectorAll('button')];
+        window.copy = buttons.find((one) => one.innerText === 'Copy')""")
+    say(page, "And a wire?")
+    page.until(lambda: last(page))
+    page.run("""
+        copy.focus();
+        getSelection().selectAllChildren(document.querySelectorAll('.text p')[1])""")
+    selected = page.run("return String(getSelection())")
+    assert len(selected) > 20
+    finished(page)
+    assert page.run("return document.activeElement === copy")
+    assert page.run("return String(getSelection())") == selected
+    assert page.run("return kept.length > 10 && kept.every((one) => one.isConnected)")
+    further(page, literally("No."))
+    reached(page, "Retry", "Tab")
+    page.press("Enter")
+    page.until(lambda: last(page) == "No.")
+    finished(page)
+    assert page.run("return kept.every((one) => one.isConnected)")
+    assert page.run(HEADINGS) == ["You", "tiny"] * 2
+
+
+def test_the_numbers_of_the_server_are_explained(page):
+    page.run("document.querySelector('#box').focus()")
+    reached(page, "?", "Shift", "Tab")
+    assert page.roles("#meanings summary")[0][1] == "What the numbers mean"
+    assert page.text("#meanings div") == ""
+    page.press("Enter")
+    told = page.text("#meanings div")
+    names = page.run(
+        "return [...document.querySelectorAll('#server dt')].map((one) => one.innerText)"
+    )
+    assert len(names) == 5
+    assert [line.split(": ")[0] for line in told.splitlines() if line] == names
+    page.look(320, 800)
+    assert page.run("return document.documentElement.scrollWidth") == 320
+    page.press("Enter")
+    assert page.text("#meanings div") == ""
+
+
+def test_the_speed_of_the_whole_server_is_shown(page, server: Server):
+    page.until(lambda: page.text("#speed") == "0")
+    server.host.metrics.generated.inc(10_000)
+    speed = page.until(lambda: int(page.text("#speed")))
+    assert 2000 < speed <= 10_000  # 5000 at a look every 2 s
+    page.until(lambda: page.text("#speed") == "0")
+
+
+@pytest.mark.parametrize("agrees", [False, True])
+def test_a_system_message_is_not_lost_without_a_question(page, address, agrees):
+    page.run("""
+        window.asked = 0;
+        window.confirm = () => { asked += 1; return arguments[0]; }""", agrees)  # fmt: skip
+    page.click("#open")
+    for name, value in {"seed": "7", "system": "Be brief."}.items():
+        page.click(f"[name={name}]")
+        page.type(value)
+    page.click("[type=reset]")
+    values = "return ['seed', 'system'].map((name) => document.forms.options[name].value)"
+    left = ["", ""] if agrees else ["7", "Be brief."]
+    page.until(lambda: page.run(values) == left)
+    page.run("document.forms.options.system.value = ''")
+    page.click("[type=reset]")
+    assert page.run("return asked") == 1 and page.run(values) == ["", ""]
+    page.open(address)
+    assert page.run(values) == ["", ""]
+
+
 def test_assistive_technology_is_told_what_everything_is(page):
     page.until(lambda: page.text("#model") == "tiny")
     roles = {role for role, _, _ in page.roles("header, main, section, form")}
@@ -364,7 +482,7 @@ def test_the_end_stays_in_sight_when_the_window_changes(page):
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_it_can_be_read_in_every_light_and_width(page, tmp_path: Path, scheme):
     page.look(1280, 800, scheme)
-    page.until(lambda: page.text("#running") == "0")
+    page.until(lambda: page.text("#speed") == "0")
     contrast = page.run(CONTRAST)
     page.picture(tmp_path / f"{scheme}-empty.png")
     further(page, literally(f"<think>{THOUGHT}</think>{ANSWER}"))
@@ -373,7 +491,7 @@ def test_it_can_be_read_in_every_light_and_width(page, tmp_path: Path, scheme):
     further(page, {"temperature": 9})
     say(page, "And a wire?")
     assert shown(page, "answered 400")
-    page.click("summary")
+    page.click("article summary")
     page.run("document.querySelector('#key').hidden = false")
     for width in (1280, 360):
         page.look(width, 800, scheme)
@@ -381,7 +499,10 @@ def test_it_can_be_read_in_every_light_and_width(page, tmp_path: Path, scheme):
         contrast += page.run(CONTRAST)
         page.picture(tmp_path / f"{scheme}-{width}.png")
         page.run("document.querySelector('#scroll').scrollTop = 0")
+        page.click("#meanings summary")
+        contrast += page.run(CONTRAST)
         page.picture(tmp_path / f"{scheme}-{width}-top.png")
+        page.click("#meanings summary")
         page.click("#open")
         contrast += page.run(CONTRAST)
         page.picture(tmp_path / f"{scheme}-{width}-settings.png")

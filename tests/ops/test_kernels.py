@@ -89,6 +89,10 @@ CASES = [
     (NARROW, "same", 4, 20, 3, {"near": (None, 16), "soft_cap": 2.0}),
     (WIDE, "int8", 24, 96, 1, {"near": (None, 16)}),
     (NARROW, "same", 24, 96, 1, {"near": (9, None), "outer": 24}),
+    # Some see nothing in the first pages that are looked at together.
+    (WIDE, "same", 4, 20, 3, {"near": (9, None)}),
+    # A page that a sequence gave back.
+    (WIDE, "same", 16, 64, 1, {"hole": True}),
 ]
 
 
@@ -110,7 +114,7 @@ def test_attention_over_pages_is_that_of_xla(
 
 def attended(
     monkeypatch, kernel, dtype, stored, size, inner, t,
-    near=(None, None), soft_cap=None, sinks=False, outer=None,
+    near=(None, None), soft_cap=None, sinks=False, outer=None, hole=False,
 ):  # fmt: skip
     """What queries [4, t, 6, inner] of four sequences find on pages of `size`."""
     rng, most = np.random.default_rng(3), 144 // size
@@ -129,6 +133,10 @@ def attended(
     place = jnp.take_along_axis(pages, positions // size, axis=1) * size + positions % size
     at = jnp.broadcast_to(jnp.arange(most * size, dtype=jnp.int32), (4, most * size))
     at = at.at[3].set(-1)
+    if hole and kernel:
+        pages = pages.at[1, 0].set(-1)
+    elif hole:
+        at = at.at[1, :size].set(-1)
     count = jnp.int32(-(-int(positions.max() + 1) // size))
     view = View(pages, at, jnp.ones_like(at), place, count)
     cache = dataclasses.replace(cache, view=view)
@@ -143,16 +151,32 @@ def attended(
     )(cache, q, new)
 
 
+def test_a_query_that_sees_nothing_gets_zeros(kernels):
+    """Beside one that sees, and alone; in pages of which others may hold anything."""
+    pool = jnp.full((2, 1, 16, 32), 3.0)
+    pools = pool, pool
+    seen = jnp.zeros((2, 1), jnp.int32), jnp.zeros((2, 16), jnp.int32), jnp.ones((2, 16), jnp.int32)
+    queries = jnp.full((2, 2), 5, jnp.int32), jnp.asarray([[1, 0], [0, 0]], jnp.int32)
+    sinks, none = jnp.full((1, 2), -1e30), (None, None)
+    look = jax.jit(
+        lambda q: cpu.attend(q, pools, (), seen, queries, jnp.int32(1), sinks, none, 1.0, None)
+    )
+    y = np.asarray(look(jnp.ones((2, 1, 2, 32))))
+    np.testing.assert_allclose(y[0, 0, 0], 3.0)
+    assert not np.any(y[0, 0, 1]) and not np.any(y[1])
+
+
 def test_without_a_compiler_there_is_a_reason(monkeypatch, caplog):
     monkeypatch.setattr(shutil, "which", lambda name: None)
-    reason = cpu.built.__wrapped__()
+    reason = cpu._built.__wrapped__()
     assert reason is not None and "no C++ compiler" in reason and reason in caplog.text
 
 
-def test_a_source_that_no_compiler_takes_is_told(monkeypatch, tmp_path):
+def test_a_source_that_no_compiler_takes_is_told_and_leaves_nothing(monkeypatch, tmp_path):
     broken = tmp_path / "cpu.cc"
     broken.write_text("int main( {")
     monkeypatch.setattr(cpu, "_SOURCE", broken)
-    monkeypatch.setattr(cpu, "kernels_directory", lambda: tmp_path)
-    reason = cpu.built.__wrapped__()
+    monkeypatch.setattr(cpu, "kernels_directory", lambda: tmp_path / "kernels")
+    reason = cpu._built.__wrapped__()
     assert reason is not None and "refuses their source" in reason
+    assert not list((tmp_path / "kernels").iterdir())

@@ -93,7 +93,7 @@ RESPONSE = {
 # Every field of every route, as it may be.
 WHOLE: dict[str, dict[str, Any]] = {
     COMPLETIONS: {**SAMPLED, "prompt": "a", "max_tokens": 1, "logprobs": 1, "echo": False,
-                  "best_of": 1, "suffix": ""},
+                  "best_of": 1, "suffix": "", "response_format": FORMAT},
     CHAT: CONVERSATION,
     RESPONSES: RESPONSE,
     EMBEDDINGS: {"model": "tiny", "input": "a", "encoding_format": "float", "dimensions": 2,
@@ -236,10 +236,11 @@ def prompts() -> Iterator[Case]:
     for prompt in (
         None, 5, True, {}, [], [[]], [[], [65]], ["a", 5], ["a", [65]], [65, "a"], [[65], "a"],
         [["a"]], [[[65]]], [None], HALF, [HALF], [[65, HALF]], [65] * 10**4, "a" * 10**5,
-        ["a", "a" * 10**5], ["a"] * 65, [[65]] * 65,
+        ["a", "a" * 10**5], ["a"] * 2049, [[65]] * 2049,
     ):  # fmt: skip
         yield completion("prompt", prompt=prompt)
         yield Case(EMBEDDINGS, {"model": "tiny", "input": prompt}, "input")
+    yield completion("prompt", prompt=["a"] * 65)
     yield completion("prompt", prompt=["a"] * 64, n=16)
     yield Case(COMPLETIONS, {"model": "tiny"}, "prompt")
     yield Case(EMBEDDINGS, {"model": "tiny"}, "input")

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from ropewalk.serve import grammar
-from ropewalk.serve.grammar import GrammarError, Grammars, Lark, Matcher, Regex, Schema, Spec
+from ropewalk.serve.grammar import Busy, GrammarError, Grammars, Lark, Matcher, Regex, Schema, Spec
 from ropewalk.text import bpe
 from ropewalk.text.interface import Tokenizer
 from ropewalk.text.tokenizer import SentencePieceTokenizer, load
@@ -297,6 +297,15 @@ def test_what_is_kept_is_bounded(monkeypatch: pytest.MonkeyPatch, plain: Grammar
 def test_trials_go_on_after_their_process_is_killed(tokenizers: dict[str, Tokenizer]) -> None:
     grammars = Grammars(tokenizers["byte"], 300)
     grammars._trials.stop()
-    with pytest.raises(GrammarError, match="try again"):
+    with pytest.raises(Busy, match="try again"):
         grammars.compile(Regex("a"))
     assert allowed(grammars.compile(Regex("a"))) == [ord("a")]
+
+
+def test_who_waits_too_long_for_the_trials_of_others_is_told(
+    monkeypatch: pytest.MonkeyPatch, plain: Grammars
+) -> None:
+    monkeypatch.setattr(grammar, "WAIT_S", 0.01)
+    with plain._trials._lock, pytest.raises(Busy, match="try again"):
+        plain.compile(Regex("busy"))
+    assert allowed(plain.compile(Regex("busy"))) == [ord("b")]

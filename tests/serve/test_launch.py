@@ -18,6 +18,7 @@ from typing import IO, Any
 
 import pytest
 
+from ropewalk.serve import launch
 from tests.serve.tiny_server import tiny_model
 
 
@@ -143,6 +144,27 @@ def test_what_has_not_ended_in_time_is_cut(directory, drain, signals):
         assert time.monotonic() - began < 10
     last = found[-1][1].decode().split("\n\n")[-3:]
     assert "the server is shutting down" in last[0] and last[1] == "data: [DONE]"
+
+
+@pytest.mark.parametrize(
+    ("model", "name"),
+    [
+        ("Llama-3.2-1B", "Llama-3.2-1B"), ("models/Llama-3.2-1B/", "Llama-3.2-1B"),
+        (".", "here-1.5"), ("../here-1.5/.", "here-1.5"), ("sub/..", "here-1.5"),
+        ("q/phi-3.5.Q4_0.gguf", "phi-3.5.Q4_0"), ("link.gguf", "link"), ("llama/tiny", "tiny"),
+    ],
+)  # fmt: skip
+def test_a_model_is_called_by_the_last_part_of_its_path(model, name, tmp_path, monkeypatch):
+    (tmp_path / "here-1.5").mkdir()
+    monkeypatch.chdir(tmp_path / "here-1.5")
+    Path("link.gguf").symlink_to("0f3a")
+    assert launch._name(model) == name
+
+
+@pytest.mark.parametrize(("value", "keys"), [("sk-1\n", ("sk-1",)), (" \n", ()), ("", ())])
+def test_blanks_are_no_part_of_the_key_in_the_environment(value, keys, monkeypatch):
+    monkeypatch.setenv("ROPEWALK_API_KEY", value)
+    assert launch._keys(None) == keys
 
 
 @pytest.mark.parametrize(

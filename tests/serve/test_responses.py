@@ -15,6 +15,7 @@ import pytest
 from openai.types.responses import Response, ResponseStreamEvent
 
 from ropewalk.serve import grammar
+from ropewalk.serve import responses as served
 from ropewalk.serve.asked import BadRequest
 from tests.serve.tiny_server import LENGTH, TEMPLATE
 
@@ -211,6 +212,17 @@ def test_a_tool_is_called_where_it_must_be(client, choice):
         assert call["name"] == "paint"
 
 
+def test_no_more_than_one_tool_is_called_where_only_one_may_be(client, writes):
+    writes(f"Yes\n{CALL}\n{CALL} no")
+    asks = {"tools": [PAINT], "text": JSON, "max_output_tokens": 200, "input": "?"}
+    asks["parallel_tool_calls"] = False
+    raw, events = created(client, **asks), streamed(client, **asks)
+    assert [item["type"] for item in raw["output"]] == ["message", "function_call"]
+    assert raw["output"][1]["arguments"] == '{"c": "red"}' and raw["status"] == "completed"
+    assert raw["usage"]["output_tokens"] < len(f"Yes\n{CALL}\n")
+    assert same(events[-1]["response"]) == same(raw)
+
+
 def test_no_tool_is_called_where_none_may_be(client, writes):
     writes(CALL)
     raw = created(client, tools=[PAINT], tool_choice="none", text=JSON, max_output_tokens=90)
@@ -300,6 +312,26 @@ def test_a_response_goes_back_as_input(client, writes, thinking):
     )  # fmt: skip
     assert after.usage.input_tokens == chat.usage.prompt_tokens
     assert after.output[0].content[0].text == chat.choices[0].message.reasoning_content
+
+
+def test_a_refusal_goes_back_as_text(client):
+    said = {"type": "message", "role": "assistant", "content": "I cannot"}
+    parts = [{"type": "output_text", "text": "I "}, {"type": "refusal", "refusal": "cannot"}]
+    ways = (said, {**said, "content": parts})
+    given = [[{"role": "user", "content": "?"}, way] for way in ways]
+    plain, refused = (created(client, input=each)["usage"]["input_tokens"] for each in given)
+    assert plain == refused
+    with pytest.raises(openai.BadRequestError, match="only an assistant's may"):
+        client.responses.create(**GREEDY, input=[{**ways[1], "role": "user"}])
+
+
+def test_notes_name_the_fields_of_a_response(client):
+    raw = client.responses.with_raw_response.create(
+        **GREEDY | {"max_output_tokens": 5000}, input="Hi", tools=[PAINT], text=JSON,
+        extra_body=BRISK,
+    )  # fmt: skip
+    assert "max_output_tokens 5000 clamped to" in raw.headers["warning"]
+    assert "text.format holds the whole answer" in raw.headers["warning"]
 
 
 def _asked(kind: str, **more: Any) -> dict[str, Any]:
@@ -394,6 +426,20 @@ def test_a_failure_is_told(client, server, monkeypatch):
     assert response["output"][0]["status"] == "incomplete"
     with pytest.raises(openai.InternalServerError, match="it broke"):
         client.responses.create(input="Hi", text=JSON, **GREEDY)
+
+
+def test_a_stream_that_breaks_ends_with_an_error(client, server, monkeypatch, caplog):
+    def breaks(self: Any, step: Any) -> Any:
+        raise RuntimeError("a secret")
+
+    monkeypatch.setattr(served._Whole, "_told", breaks)
+    events = streamed(client)
+    assert events[-1]["type"] == "error" and events[-1]["code"] == "server_error"
+    assert "secret" not in str(events) and "a secret" in caplog.text
+    until = time.monotonic() + 20
+    while server.host.service.open and time.monotonic() < until:
+        time.sleep(0.02)
+    assert not server.host.service.open
 
 
 def test_nothing_is_left_when_the_client_goes(client, server):

@@ -142,14 +142,16 @@ class Engine:
         self.live.append(sequence)
         return sequence
 
-    def step(self, cancelled: int | None = None) -> Plan:
-        plan = self.scheduler.plan()
+    def step(self, cancelled: int | None = None, apart: Sequence | None = None) -> Plan:
+        plan = self.scheduler.plan(apart)
         self.check_plan(plan)
+        members = [*plan.rows, *(chunk.sequence for chunk in plan.chunks)]
+        assert apart is None or all(member is apart for member in members)
         self.check_pages()
         self.flying.append(self.device.run(plan, self.scheduler))
         if cancelled is not None and self.live:
             self.scheduler.cancel(self.live[cancelled % len(self.live)])
-        while len(self.flying) > self.behind:
+        while len(self.flying) > (self.behind if apart is None else 0):
             for sequence, tokens in self.flying.pop(0):
                 self.scheduler.commit(sequence, tokens)
         self.check_pages()
@@ -292,11 +294,19 @@ class Serving(RuleBasedStateMachine):
         self.engine.step(index if late else None)
 
     @precondition(lambda self: not self.lost)
-    @rule()
-    def lose(self) -> None:
-        self.lost = True
+    @rule(apart=st.booleans())
+    def lose(self, apart: bool) -> None:
+        """Then, as the service does, who ran writes a token apart from the others, where it has
+        room."""
+        self.lost, ran = True, list(self.engine.scheduler._active)
         self.engine.scheduler.restart()
         self.engine.device, self.engine.flying = Device(self.engine.limits), []
+        for sequence in ran if apart else []:
+            plan = None
+            while sequence.status is not Status.FINISHED and plan != Plan():
+                plan = self.engine.step(apart=sequence)
+                if plan.rows:
+                    break
 
     def teardown(self) -> None:
         if hasattr(self, "engine"):

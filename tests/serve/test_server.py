@@ -13,6 +13,7 @@ import pytest
 
 from ropewalk.checkpoint.pretrained import load
 from ropewalk.layers.lm import with_parameters
+from ropewalk.serve import grammar
 from ropewalk.text import chat as templates
 from tests.serve.tiny_server import LENGTH, tiny_model
 
@@ -37,6 +38,11 @@ TOOLS = [
     }
     for name in ("weather", "news")
 ]
+
+FORMATTED = {
+    "model": "tiny", "messages": SAY, "max_tokens": 300, "temperature": 0,
+    "response_format": {"type": "json_object"},
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -177,6 +183,87 @@ def test_answers_to_a_conversation_are_those_to_its_template(client, server):
     assert told.choices[0].message.content == plain.choices[0].text
 
 
+@pytest.mark.parametrize(
+    "said",
+    [
+        [{"type": "text", "text": "I "}, {"type": "refusal", "refusal": "cannot"}],
+        [{"type": "refusal", "refusal": "I cannot"}],
+        None,
+    ],
+)
+def test_a_refusal_is_what_the_assistant_said(client, said):
+    def read(**message) -> int:
+        told = client.chat.completions.create(
+            model="tiny", messages=[*SAY, message], max_tokens=1, temperature=0
+        )
+        return told.usage.prompt_tokens
+
+    refusal = None if said else "I cannot"
+    plain = read(role="assistant", content="I cannot")
+    assert read(role="assistant", content=said, refusal=refusal) == plain
+    with pytest.raises(openai.BadRequestError, match="content"):
+        read(role="user", content=said, refusal=refusal)
+
+
+def test_thinking_is_counted(client, server, monkeypatch):
+    """Of every answer, streamed and not; a token of this model is a byte."""
+    thought, answer = "<think>\nHm\n</think>\n\n", "Yes"
+    scripted(monkeypatch, server, thought + answer)
+    asked = {**FORMATTED, "n": 2}
+    whole = client.chat.completions.create(**asked).usage
+    streamed = client.chat.completions.create(
+        **asked, stream=True, stream_options={"include_usage": True}
+    )
+    (usage,) = [chunk.usage for chunk in streamed if chunk.usage]
+    for one in (whole, usage):
+        assert one.completion_tokens_details.reasoning_tokens == 2 * len(thought)
+        assert one.completion_tokens == 2 * len(thought + answer) + 2
+    scripted(monkeypatch, server, answer)
+    usage = client.chat.completions.create(**FORMATTED).usage
+    assert usage.completion_tokens_details.reasoning_tokens == 0
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_one_call_ends_an_answer_that_may_have_no_more(client, server, monkeypatch, stream):
+    call = '<tool_call>\n{"name": "news", "arguments": {"days": 1}}\n</tool_call>'
+    scripted(monkeypatch, server, f"So. {call}{call}Yes")
+    asked = {**FORMATTED, "tools": TOOLS, "stream": stream}
+
+    def told(**more):
+        """Text, arguments of calls, and how it ended."""
+        answer = client.chat.completions.create(**asked, **more)
+        choices = [one.choices[0] for one in answer] if stream else answer.choices
+        said = [choice.delta if stream else choice.message for choice in choices]
+        arguments = [call.function.arguments for one in said for call in one.tool_calls or ()]
+        text = "".join(one.content or "" for one in said)
+        return text, "".join(arguments), choices[-1].finish_reason
+
+    assert told() == ("So. Yes", '{"days": 1}' * 2, "tool_calls")
+    assert told(parallel_tool_calls=False) == ("So.", '{"days": 1}', "tool_calls")
+    until(lambda: server.host.service.open == 0)
+
+
+def test_a_format_beside_tools_is_told_to_hold_the_whole_answer(client):
+    asked = {**FORMATTED, "tools": TOOLS, "max_tokens": 4}
+    raw = client.chat.completions.with_raw_response.create
+    assert "response_format holds the whole answer" in raw(**asked).headers["warning"]
+    for more in ({"tool_choice": "none"}, {"tool_choice": "required"}):
+        assert "warning" not in raw(**asked, **more).headers
+
+
+def test_clamped_answers_are_noted_by_the_field_that_asked(client):
+    raw = client.completions.with_raw_response.create(
+        model="tiny", prompt=["a", "b", "abc"], max_tokens=2000, temperature=0,
+        logit_bias={"257": 100},
+    )  # fmt: skip
+    warning = raw.headers["warning"]
+    assert warning.count("max_tokens 2000 clamped to") == 2
+    raw = client.chat.completions.with_raw_response.create(
+        model="tiny", messages=SAY, max_completion_tokens=2000, temperature=0
+    )
+    assert "max_completion_tokens 2000 clamped to" in raw.headers["warning"]
+
+
 def test_max_tokens_is_clamped_with_a_note(client):
     raw = client.chat.completions.with_raw_response.create(
         model="tiny", messages=SAY, max_tokens=100_000, temperature=0, extra_body={"odd": 1}
@@ -253,6 +340,47 @@ def test_embeddings_are_hidden_states(client, alone):
     assert abs(np.linalg.norm(row) - 1) < 1e-5
 
 
+def test_more_embeddings_than_the_queue_holds(client, server, monkeypatch):
+    """Half of which is left to others; when somebody leaves, so does all of it."""
+    queue, most = server.host.service.limits.queue, 0
+    submit = server.host.service.submit
+
+    def counted(jobs):
+        nonlocal most
+        submit(jobs)
+        most = max(most, server.host.service.open)
+
+    monkeypatch.setattr(server.host.service, "submit", counted)
+    told = client.embeddings.create(model="tiny", input=[f"a{i % 7}" for i in range(3 * queue)])
+    assert most == queue // 2
+    each = client.embeddings.create(model="tiny", input=[f"a{i}" for i in range(7)]).data
+    for i, one in enumerate(told.data):
+        np.testing.assert_allclose(one.embedding, each[i % 7].embedding, atol=1e-5)
+    with pytest.raises(openai.APITimeoutError):
+        client.with_options(timeout=0.1).embeddings.create(model="tiny", input=["x" * 500] * 2048)
+    until(lambda: server.host.service.open == 0)
+
+
+def test_the_asynchronous_client_is_told_the_same(client, address):
+    chat_ = {"model": "tiny", "messages": SAY, "max_tokens": 8, "temperature": 0}
+
+    async def everything():
+        async with openai.AsyncOpenAI(base_url=f"{address}/v1", api_key="-") as other:
+            told = await other.chat.completions.create(**chat_)
+            stream = await other.chat.completions.create(**chat_, stream=True)
+            text = "".join([chunk.choices[0].delta.content or "" async for chunk in stream])
+            vectors = await other.embeddings.create(model="tiny", input=["a", "b"])
+            models = [model.id async for model in other.models.list()]
+            return told.choices[0].message.content, text, vectors.data, models
+
+    whole, text, vectors, models = asyncio.run(everything())
+    assert whole == text == client.chat.completions.create(**chat_).choices[0].message.content
+    wanted = client.embeddings.create(model="tiny", input=["a", "b"]).data
+    for one, other in zip(vectors, wanted, strict=True):
+        np.testing.assert_allclose(one.embedding, other.embedding, atol=1e-5)
+    assert models == ["tiny"]
+
+
 def test_many_at_once_are_as_alone(address, alone):
     """Of several kinds together, more than there are slots; each is what it would be alone."""
     prompts = [f"Number {i} " * (1 + i % 5) for i in range(24)]
@@ -296,7 +424,7 @@ def test_who_leaves_is_forgotten(client, server):
         client.with_options(timeout=0.02).completions.create(
             model="tiny", prompt="abc", max_tokens=200, extra_body={"ignore_eos": True}
         )
-    _until(lambda: server.host.service.open == 0)
+    until(lambda: server.host.service.open == 0)
     assert server.host.service.scheduler.usage == 0
 
 
@@ -338,7 +466,16 @@ def test_small_routes(client, server, address):
     assert client.get("/../ready", cast_to=dict) == {"status": "ready"}
 
 
-def _until(holds, seconds: float = 10.0) -> None:
+def scripted(monkeypatch, server, text: str) -> None:
+    """Makes the model write one text where a format is asked for."""
+
+    async def matcher(spec, param, thinking=""):
+        return server.host.grammars.compile(grammar.Lark(f"start: {json.dumps(text)}"))
+
+    monkeypatch.setattr(server.host, "matcher", matcher)
+
+
+def until(holds, seconds: float = 10.0) -> None:
     end = time.monotonic() + seconds
     while not holds():
         assert time.monotonic() < end

@@ -1,11 +1,13 @@
 """What the engine's thread does when something fails: the request at fault ends, and no other."""
 
 import time
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import openai
 import pytest
 
+from ropewalk.serve import launch
 from ropewalk.serve.asked import Completion
 from ropewalk.serve.generation import Generation
 from ropewalk.serve.launch import build
@@ -38,6 +40,74 @@ def test_a_step_that_always_fails_ends_its_requests(client, server, monkeypatch)
         with pytest.raises(openai.InternalServerError, match="the engine failed"):
             client.completions.create(**ASKED)
     assert client.completions.create(**ASKED).choices[0].finish_reason in ("length", "stop")
+
+
+@pytest.mark.parametrize("step", ["prefill", "generate"])
+def test_the_request_at_fault_ends_and_those_beside_it_go_on(client, server, monkeypatch, step):
+    """It is found by reading everyone again, one at a time; the others answer as when alone."""
+    bad = [9, 8, 7, 6, 9, 8, 7]
+    service = server.host.service
+    prompts = ["abc", "the king", "O Romeo"]
+    asked = {**ASKED, "max_tokens": 60, "extra_body": {"ignore_eos": True}}
+    wanted = [client.completions.create(**{**asked, "prompt": p}).choices[0].text for p in prompts]
+    original = getattr(service.engine, step)
+
+    def fails(state, what, *more):
+        active = [each for each in service.scheduler._active if each.prompt == tuple(bad)]
+        read = [list(getattr(each, "tokens", [])) for each in what]
+        slots = [getattr(each, "slot", None) for each in what]
+        if bad in read or any(each.slot in slots for each in active if step == "generate"):
+            raise RuntimeError("no such request can be served")
+        return original(state, what, *more)
+
+    monkeypatch.setattr(service.engine, step, fails)
+    with ThreadPoolExecutor() as pool:
+        good = [pool.submit(client.completions.create, **{**asked, "prompt": p}) for p in prompts]
+        with pytest.raises(openai.InternalServerError, match="the engine failed"):
+            client.completions.create(**{**asked, "prompt": bad})
+        assert [each.result().choices[0].text for each in good] == wanted
+    assert service.scheduler.idle and service.scheduler.usage == 0 and service.alive
+
+
+def test_a_device_without_room_for_a_state_is_told_and_tried_again(client, server, monkeypatch):
+    service = server.host.service
+    with monkeypatch.context() as patched:
+        patched.setattr(service.engine, "init_decode_state", lambda: 1 / 0)
+        patched.setattr(service.engine, "generate", lambda *_: 1 / 0)
+        with pytest.raises(openai.InternalServerError, match="the engine failed"):
+            client.completions.create(**ASKED)
+        assert not service.alive
+    assert client.completions.create(**ASKED).choices[0].finish_reason in ("length", "stop")
+    assert service.alive
+
+
+def test_sequences_that_lose_their_pages_answer_the_same(client, monkeypatch, tmp_path):
+    """With pages for one and a half of the four that are asked for at once: penalties, seeds, a
+    format and scores of the prompt go on where they were."""
+    page = 2 * 2 * 2 * 16 * 8 * 4  # keys and values, layers, heads, tokens, features, float32
+    monkeypatch.setattr(launch, "free_memory", lambda _: int(13.5 * page / 0.7))
+    crowded = build(options(tiny_model(tmp_path / "model"), max_length=128))
+    assert crowded.host.service.engine.sizes.pages == (13,)
+    with serving(crowded) as address:
+        other = openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0)
+        regex = {"response_format": {"type": "regex", "regex": "[a-z]{90}"}}
+        each = [
+            {"presence_penalty": 1.0, "frequency_penalty": 0.5, "extra_body": {"ignore_eos": True}},
+            {"temperature": 1.0, "seed": 5, "logprobs": 2, "extra_body": {"ignore_eos": True}},
+            {"extra_body": {"ignore_eos": True, **regex}},
+            {"echo": True, "logprobs": 0, "extra_body": {"ignore_eos": True}},
+        ]
+        asked = [{**ASKED, "prompt": f"{i} is", "max_tokens": 95, **e} for i, e in enumerate(each)]
+        with ThreadPoolExecutor() as pool:
+            found = [pool.submit(other.completions.create, **body) for body in asked]
+            for body, one in zip(asked, found, strict=True):
+                mine, alone = one.result().choices[0], client.completions.create(**body).choices[0]
+                assert mine.text == alone.text
+                if mine.logprobs and alone.logprobs:
+                    told = mine.logprobs.token_logprobs or []
+                    wanted = alone.logprobs.token_logprobs or []
+                    assert told[1:] == pytest.approx(wanted[1:], abs=1e-4) and told[1:]
+        assert crowded.host.service.scheduler.preemptions > 0
 
 
 def test_a_grammar_that_fails_ends_its_own_request_alone(client, server, monkeypatch):

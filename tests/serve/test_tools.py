@@ -195,6 +195,25 @@ def test_no_more_is_held_back_than_may_be_a_call() -> None:
     assert parser.finish() == []
 
 
+@pytest.mark.parametrize("form", FORMATS, ids=lambda form: type(form).__name__)
+def test_one_call_may_be_the_only_one(form: tools.Format) -> None:
+    """It ends there, as soon as it is whole and however the text is cut."""
+    text = written(form, [("get", {"a": 1}), ("get_weather", {})]) + " So."
+    for pieces in ([text], text):
+        parser = tools.Parser(form, NAMES, None, single=True)
+        deltas, read = [], ""
+        for piece in pieces:
+            deltas += parser.feed(piece)
+            read += piece
+            if parser.ended:
+                break
+        assert parser.ended and summary(deltas) == (None, [("get", '{"a": 1}')])
+        assert parser.feed(" So.") == parser.finish() == []
+    assert "get_weather" not in read
+    parser = tools.Parser(form, NAMES, None, single=True)
+    assert parser.feed("So. ") == [Content("So.")] and not parser.ended
+
+
 def test_deltas_and_messages_are_those_of_openai() -> None:
     text = f"<think>Well</think>So <tool_call>{GET}</tool_call><tool_call>{GET}</tool_call>"
     parser = tools.Parser(TAGS, NAMES, False)

@@ -13,6 +13,7 @@ from ropewalk.serve.slots import MOST_BIASES, MOST_RANKED, MOST_STOPS, Settings
 
 MOST_CHOICES = 16
 MOST_PROMPTS = 64
+MOST_INPUTS = 2048
 MOST_MESSAGES = 2048
 MOST_TOOLS = 128
 MOST_KWARGS = 16
@@ -208,11 +209,30 @@ class Completion(Sampled):
         return self
 
 
-class Part(Asked):
-    """A part of a message's content; only text can be read."""
+class Said[Kind](Asked):
+    """A part of what is said: some kind of text, or of type refusal."""
 
-    type: Literal["text"]
-    text: Text
+    type: Kind
+    text: Text | None = None
+    refusal: Text | None = None
+
+    @pydantic.model_validator(mode="after")
+    def _whole(self) -> "Said[Kind]":
+        if self._told is None:
+            name = "refusal" if self.type == "refusal" else "text"
+            raise BadRequest(f"{name}: is missing", name)
+        return self
+
+    @property
+    def _told(self) -> str | None:
+        return self.refusal if self.type == "refusal" else self.text
+
+    def __str__(self) -> str:
+        return self._told or ""
+
+
+class Part(Said[Literal["text", "refusal"]]):
+    """A part of a message's content; only text can be read."""
 
 
 class Function(Asked):
@@ -257,18 +277,25 @@ class Message(Asked):
     )
     tool_call_id: Word | None = None
     reasoning_content: Text | None = None
+    refusal: Text | None = None
 
     @pydantic.model_validator(mode="after")
     def _something(self) -> "Message":
-        if self.content is None and not (self.role == "assistant" and self.tool_calls):
+        own = self.role == "assistant"
+        if self.content is None and not (own and (self.tool_calls or self.refusal)):
             raise BadRequest("content: is missing", "content")
+        parts = self.content if isinstance(self.content, list) else ()
+        if not own and any(part.type == "refusal" for part in parts):
+            raise BadRequest("content: has a refusal, which only an assistant's may", "content")
         return self
 
     @property
     def text(self) -> str:
         """The content, its parts one after the other."""
         parts = self.content
-        return "".join(p.text for p in parts) if isinstance(parts, list) else parts or ""
+        if isinstance(parts, list):
+            return "".join(map(str, parts))
+        return parts or self.refusal or ""
 
 
 Messages = Annotated[list[Message], Field(min_length=1, max_length=MOST_MESSAGES, fail_fast=True)]
@@ -327,7 +354,12 @@ class Embeddings(Asked):
     """Body of `/v1/embeddings`."""
 
     model: Word
-    input: Text | Ids | Prompts
+    input: (
+        Text
+        | Ids
+        | Annotated[list[Text], Field(max_length=MOST_INPUTS, fail_fast=True)]
+        | Annotated[list[Ids], Field(max_length=MOST_INPUTS, fail_fast=True)]
+    )
     encoding_format: Literal["float", "base64"] | None = None
     dimensions: int | None = Field(None, ge=1, lt=2**31)
     pooling: Literal["mean", "last"] | None = Field(None, description="mean by default")

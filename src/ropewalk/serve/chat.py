@@ -44,7 +44,14 @@ class Conversation:
 
     def parser(self) -> tools.Parser:
         """For one answer."""
-        return tools.Parser(self.form, self.choice.functions, self.inside)
+        single = not self.choice.parallel
+        return tools.Parser(self.form, self.choice.functions, self.inside, single)
+
+    @property
+    def notes(self) -> list[str]:
+        """What is not done as it was asked."""
+        held = self.matcher is not None and self.choice.functions and not self.choice.forced
+        return ["response_format holds the whole answer, so that no tool is called"] if held else []
 
 
 async def chat_completions(host: Host, asked: Chat, request: Request) -> Response:
@@ -52,11 +59,13 @@ async def chat_completions(host: Host, asked: Chat, request: Request) -> Respons
     host.check_model(asked.model)
     conversation = await prepared(host, asked)
     wanted = asked.max_completion_tokens or asked.max_tokens
-    room, note = host.room(conversation.prompt, wanted)
-    headers = warned([*([note] if note else []), *unknown(asked.unknown)])
+    field = "max_completion_tokens" if asked.max_completion_tokens else "max_tokens"
+    room, note = host.room(conversation.prompt, wanted, field)
+    notes = [*([note] if note else []), *conversation.notes]
+    headers = warned([*notes, *unknown(asked.unknown)])
     whole = _Whole(host, asked, begin(host, asked, conversation, room), conversation)
     if asked.stream:
-        return streaming(whole.stream(), headers)
+        return streaming(request, whole.stream(), headers)
     return JSONResponse(await attended(request, whole.body()), headers=headers)
 
 
@@ -183,6 +192,7 @@ class _Whole:
     def __init__(self, host: Host, asked: Chat, generation: Generation, conversation: Conversation):
         self.host, self.asked, self.generation = host, asked, generation
         self.parsers = [conversation.parser() for _ in generation.jobs]
+        self.thought = [reasoning.Count(conversation.inside) for _ in generation.jobs]
         self.head = {
             "id": f"chatcmpl-{secrets.token_hex(12)}",
             "created": int(time.time()),
@@ -191,22 +201,23 @@ class _Whole:
 
     async def body(self) -> dict[str, Any]:
         """Of an answer that is told at once."""
+        deltas: list[list[reasoning.Delta]] = [[] for _ in self.parsers]
         try:
-            answers = await self.generation.all()
+            async for step in self.generation.steps():
+                deltas[step.index] += self._read(step)
         finally:
             self.generation.close()
-        choices = []
-        for i, (answer, parser) in enumerate(zip(answers, self.parsers, strict=True)):
-            deltas = [*parser.feed(answer.text), *parser.finish()]
-            told = {
+        choices = [
+            {
                 "index": i,
-                "message": {"refusal": None, **reasoning.message(deltas)},
+                "message": {"refusal": None, **reasoning.message(deltas[i])},
                 "logprobs": self._logprobs(answer.tokens),
-                "finish_reason": _reason(answer.reason, parser),
+                "finish_reason": self._reason(i),
             }
-            choices.append(told)
-        usage = self.generation.usage()
-        return {**self.head, "object": "chat.completion", "choices": choices, "usage": usage}
+            for i, answer in enumerate(self.generation.answers)
+        ]
+        told = {"object": "chat.completion", "choices": choices, "usage": self._usage()}
+        return {**self.head, **told}
 
     async def stream(self) -> AsyncIterator[dict[str, Any]]:
         """Chunks, as text comes."""
@@ -218,21 +229,38 @@ class _Whole:
                     yield chunk
             options = self.asked.stream_options
             if options and options.include_usage:
-                yield {**self._chunk(0, {}), "choices": [], "usage": self.generation.usage()}
+                yield {**self._chunk(0, {}), "choices": [], "usage": self._usage()}
         finally:
             self.generation.close()
 
-    def _told(self, step: Step) -> list[dict[str, Any]]:
+    def _read(self, step: Step) -> list[reasoning.Delta]:
+        """What a step adds to its answer, which ends behind the only call that there may be."""
         parser, i = self.parsers[step.index], step.index
+        for text in step.pieces:
+            self.thought[i].add(text)
         deltas = parser.feed(step.text) if step.text else []
-        deltas += parser.finish() if step.reason else []
-        chunks = [self._chunk(i, reasoning.openai(delta)) for delta in deltas]
+        if parser.ended:
+            self.generation.stop(i)
+        return deltas + (parser.finish() if self._reason(i) else [])
+
+    def _told(self, step: Step) -> list[dict[str, Any]]:
+        i = step.index
+        chunks = [self._chunk(i, reasoning.openai(delta)) for delta in self._read(step)]
         if self.asked.logprobs and step.tokens:
             chunks = chunks or [self._chunk(i, {"content": ""})]
             chunks[0]["choices"][0]["logprobs"] = self._logprobs(step.tokens)
-        if step.reason:
-            chunks.append(self._chunk(i, {}, _reason(step.reason, parser)))
+        if reason := self._reason(i):
+            chunks.append(self._chunk(i, {}, reason))
         return chunks
+
+    def _reason(self, index: int) -> str | None:
+        """Why an answer ended, if it has."""
+        reason, parser = self.generation.answers[index].reason, self.parsers[index]
+        return "tool_calls" if parser.ended or (reason == "stop" and parser.calls) else reason
+
+    def _usage(self) -> dict[str, Any]:
+        details = {"reasoning_tokens": sum(count.tokens for count in self.thought)}
+        return {**self.generation.usage(), "completion_tokens_details": details}
 
     def _chunk(self, index: int, delta: dict[str, Any], reason: str | None = None):
         choice = {"index": index, "delta": delta, "logprobs": None, "finish_reason": reason}
@@ -242,7 +270,3 @@ class _Whole:
         if not self.asked.logprobs:
             return None
         return chat_logprobs(self.host.tokenizer, tokens, self.asked.top_logprobs or 0)
-
-
-def _reason(reason: str | None, parser: tools.Parser) -> str | None:
-    return "tool_calls" if reason == "stop" and parser.calls else reason

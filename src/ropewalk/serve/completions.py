@@ -9,14 +9,17 @@ from typing import Any
 from fastapi import Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 
+from ropewalk.core.log import log
 from ropewalk.serve.asked import Completion
-from ropewalk.serve.door import error
+from ropewalk.serve.door import FAILED, error
 from ropewalk.serve.generation import Answer, Failed, Generation, Host, attended
 from ropewalk.serve.service import Token
 from ropewalk.serve.text import Scores
 
 # OpenAI's, where nothing is said.
 _NEW = 16
+# As many as the buffers of proxies hold.
+_NOTES = 16
 
 
 async def completions(host: Host, asked: Completion, request: Request) -> Response:
@@ -24,17 +27,18 @@ async def completions(host: Host, asked: Completion, request: Request) -> Respon
     host.check_model(asked.model)
     prompts = await host.prompts(asked.prompt, "prompt")
     wanted = _NEW if asked.max_tokens is None else max(asked.max_tokens, 1)
-    rooms = [host.room(prompt, wanted) for prompt in prompts]
+    rooms = [host.room(prompt, wanted, "max_tokens") for prompt in prompts]
     ranked, scored = bool(asked.logprobs), asked.logprobs is not None and bool(asked.echo)
     matcher = await host.formatted(asked.response_format)
     jobs = host.jobs(asked, prompts, [room for room, _ in rooms], matcher, ranked, scored)
-    notes = [note for _, note in rooms if note]
-    headers = warned([*notes[:1], *unknown(asked.unknown)])
+    notes = [*dict.fromkeys(note for _, note in rooms if note)]
+    more = [f"{len(notes) - _NOTES} more clamped"] if len(notes) > _NOTES else []
+    headers = warned([*notes[:_NOTES], *more, *unknown(asked.unknown)])
     follows = matcher is None  # what has a format begins a text of its own
     answers = host.answers(asked, jobs, follows=follows)
     whole = _Whole(host, asked, Generation(host, jobs, answers), follows)
     if asked.stream:
-        return streaming(whole.stream(), headers)
+        return streaming(request, whole.stream(), headers)
     return JSONResponse(await attended(request, whole.body()), headers=headers)
 
 
@@ -124,22 +128,40 @@ class _Whole:
         return usage
 
 
-def streaming(chunks: AsyncIterator[dict[str, Any]], headers: dict[str, str]) -> Response:
-    """Server-sent events of some chunks, and the end that clients look for."""
+def streaming(
+    request: Request, chunks: AsyncIterator[dict[str, Any]], headers: dict[str, str]
+) -> Response:
+    """Server-sent events of some chunks, and the end that clients look for, whatever happens."""
 
     async def lines() -> AsyncIterator[str]:
-        name = ""
+        chunk: dict[str, Any] = {}
         try:
             async for chunk in chunks:
-                name = f"event: {chunk['type']}\n" if "sequence_number" in chunk else ""
-                yield f"{name}data: {json.dumps(chunk, ensure_ascii=False)}\n\n"
-        except Failed as failed:
-            yield f"data: {json.dumps(error(500, str(failed)))}\n\n"
-        if not name:  # events with names say themselves which is the last
+                yield _event(chunk)
+        except Exception as wrong:
+            if not isinstance(wrong, Failed):
+                log.exception("the stream of request %s failed", request.state.request_id)
+            message = str(wrong) if isinstance(wrong, Failed) else FAILED
+            yield _event(_failure(message, chunk.get("sequence_number")))
+        if "sequence_number" not in chunk:  # events with names say themselves which is the last
             yield "data: [DONE]\n\n"
 
     more = {"cache-control": "no-cache", "x-accel-buffering": "no"}
     return StreamingResponse(lines(), media_type="text/event-stream", headers={**headers, **more})
+
+
+def _event(chunk: dict[str, Any]) -> str:
+    name = f"event: {chunk['type']}\n" if "sequence_number" in chunk else ""
+    return f"{name}data: {json.dumps(chunk, ensure_ascii=False, allow_nan=False)}\n\n"
+
+
+def _failure(message: str, last: int | None) -> dict[str, Any]:
+    """The last chunk of a stream that failed; `last` is the number of the event before it."""
+    told = error(500, message)
+    if last is None:
+        return told
+    told = told["error"]
+    return {**told, "type": "error", "code": told["type"], "sequence_number": last + 1}
 
 
 def warned(notes: list[str]) -> dict[str, str]:

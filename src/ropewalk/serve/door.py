@@ -16,6 +16,7 @@ from ropewalk.core.log import log
 
 MOST_BYTES = 4 * 2**20
 """of a body"""
+FAILED = "the server failed; the request may be sent again"
 _OPEN = ("/health",)
 _KINDS = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
 
@@ -87,7 +88,7 @@ class Door:
         except Exception:
             log.exception("request %s failed", request_id)
             if not told["status"]:
-                await _answer(sent, 500, "the server failed; the request may be sent again")
+                await _answer(sent, 500, FAILED)
         finally:
             log.info(
                 json.dumps({

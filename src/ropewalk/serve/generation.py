@@ -12,7 +12,7 @@ from fastapi.concurrency import run_in_threadpool
 
 from ropewalk.core.errors import UserError
 from ropewalk.serve.asked import BadRequest, ResponseFormat, Sampled
-from ropewalk.serve.grammar import Grammars, Matcher, Regex, Schema, Spec
+from ropewalk.serve.grammar import Busy, Grammars, Matcher, Regex, Schema, Spec
 from ropewalk.serve.metrics import Metrics
 from ropewalk.serve.service import Ended, Event, Job, Pooled, Read, Service, Token
 from ropewalk.serve.text import Writer, spelled
@@ -134,20 +134,22 @@ class Host:
         return await self.matcher(spec, "response_format", thinking)
 
     async def matcher(self, spec: Spec, param: str, thinking: str = "") -> Matcher:
-        """What constrains one answer. Raises BadRequest where it cannot be compiled."""
+        """What constrains one answer. Raises BadRequest where it cannot be compiled, and Busy."""
         try:
             return await run_in_threadpool(self.grammars.compile, spec, thinking)
+        except Busy:
+            raise
         except UserError as error:
             raise BadRequest(f"{param}: {error}", param) from None
 
-    def room(self, prompt: Sequence[int], asked: int | None) -> tuple[int, str | None]:
-        """How many tokens an answer may have, and a note where that is less than was asked."""
+    def room(self, prompt: Sequence[int], asked: int | None, field: str) -> tuple[int, str | None]:
+        """How many tokens an answer may have, and a note where that is less than `field` asked."""
         room = self.length - len(prompt)
         if asked is None or asked <= room:
             return (room if asked is None else asked), None
         return (
             room,
-            f"max_tokens {asked} clamped to {room}, what the prompt leaves of {self.length}",
+            f"{field} {asked} clamped to {room}, what the prompt leaves of {self.length}",
         )
 
     def jobs(
@@ -255,17 +257,21 @@ class Generation:
         open_ = [j for j, a in zip(self.jobs, self.answers, strict=True) if a.reason is None]
         self.host.service.cancel(open_)
 
+    def stop(self, index: int) -> None:
+        """Ends one answer where it stands, if it has not ended."""
+        if self.answers[index].reason is None:
+            self.answers[index].reason = "stop"
+            self.host.service.cancel([self.jobs[index]])
+
     async def steps(self) -> AsyncIterator[Step]:
         """Everything, as it comes. Raises Failed."""
-        left = len(self.jobs)
-        while left:
+        while any(answer.reason is None for answer in self.answers):
             index, event = await self._events.get()
             answer = self.answers[index]
             if answer.reason is not None:
                 continue
             step = self._step(index, answer, event)
             if step is not None:
-                left -= step.reason is not None
                 yield step
 
     def _step(self, index: int, answer: Answer, event: Event) -> Step | None:
@@ -289,8 +295,7 @@ class Generation:
                         break
                 answer.tokens += tokens
                 if answer.writer.stopped:
-                    answer.reason = "stop"
-                    self.host.service.cancel([self.jobs[index]])
+                    self.stop(index)
             case Pooled():
                 return None
         answer.pieces += [*pieces, rest]

@@ -48,6 +48,10 @@ class GrammarError(UserError):
     """A schema, regular expression or grammar that is wrong, unsupported, or too much work."""
 
 
+class Busy(UserError):
+    """Nothing is wrong, but nothing can be compiled now."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Schema:
     """A JSON schema, draft 2020-12; `{"type": "object"}` is any JSON object."""
@@ -109,7 +113,7 @@ class Grammars:
         goes before it.
 
         Raises GrammarError for what is wrong, unsupported, refers to another document, or goes
-        beyond the limits of this module.
+        beyond the limits of this module; Busy where it may be tried again.
         """
         source = self._source(spec, thinking)
         with self._lock:
@@ -309,16 +313,16 @@ class _Trials:
         self._start()
 
     def run(self, source: str) -> int:
-        """How many bytes the compiled grammar takes, about. Raises GrammarError."""
+        """How many bytes the compiled grammar takes, about. Raises GrammarError, and Busy."""
         if not self._lock.acquire(timeout=WAIT_S):
-            raise GrammarError("is not compiled: too many others are being compiled; try again")
+            raise Busy("too many grammars are being compiled; try again")
         try:
             print(json.dumps(source), file=self._input, flush=True)
             death, answer = json.loads(self._output.readline())
         except (OSError, ValueError):
             self.stop()
             self._start()
-            raise GrammarError("is not compiled: the process for it ended; try again") from None
+            raise Busy("the process that compiles grammars ended; try again") from None
         finally:
             self._lock.release()
         if not answer:

@@ -82,7 +82,7 @@ def build(options: Options, keys: tuple[str, ...] = ()) -> Server:
     placement = _placement(options.rules)
     lm = load(options.model, options.dtype or None, placement)
     tokenizer = lm.require_tokenizer()
-    name = options.name or Path(options.model.rstrip("/")).stem
+    name = options.name or _name(options.model)
     engine = _engine(lm, options, placement)
     started = time.monotonic()
     for done, total in engine.warm():
@@ -94,6 +94,13 @@ def build(options: Options, keys: tuple[str, ...] = ()) -> Server:
     grammars = Grammars(tokenizer, engine.vocab)
     host = Host(name, tokenizer, service, grammars, metrics, int(time.time()))
     return Server(host, keys, options.drain)
+
+
+def _name(model: str) -> str:
+    """The last part of a path, or of a preset's name."""
+    # Links stay: those of a cache lead to files that are named by a digest.
+    path = os.path.abspath(Path(model).expanduser())
+    return Path(path).name.removesuffix(".gguf")
 
 
 def _placement(rules: str) -> Placement | None:
@@ -144,7 +151,7 @@ def _handed(lm: Pretrained) -> LM:
 def _keys(path: Path | None) -> tuple[str, ...]:
     """Raises ConfigError for a file that cannot be read, or has no key."""
     if path is None:
-        key = os.environ.get(_KEY, "")
+        key = os.environ.get(_KEY, "").strip()
         return (key,) if key else ()
     try:
         lines = path.read_text("utf-8").splitlines()

@@ -23,9 +23,10 @@ from ropewalk.serve.asked import (
 )
 from ropewalk.serve.chat import chat_completions, message, read
 from ropewalk.serve.completions import completions
-from ropewalk.serve.door import Door, error
+from ropewalk.serve.door import FAILED, Door, error
 from ropewalk.serve.embeddings import embeddings
 from ropewalk.serve.generation import Failed, Gone, Host
+from ropewalk.serve.grammar import Busy
 from ropewalk.serve.responses import Responses, responses
 from ropewalk.serve.scheduler import QueueFull
 
@@ -84,6 +85,10 @@ def _errors(app: FastAPI) -> None:
     async def full(request: Request, wrong: QueueFull) -> Response:
         return told(429, str(wrong), **{"retry-after": "1"})
 
+    @app.exception_handler(Busy)
+    async def busy(request: Request, wrong: Busy) -> Response:
+        return told(503, str(wrong), **{"retry-after": "1"})
+
     @app.exception_handler(Failed)
     async def failed(request: Request, wrong: Failed) -> Response:
         return told(500, str(wrong))
@@ -105,7 +110,7 @@ def _errors(app: FastAPI) -> None:
     # Starlette raises it once more, for the door to log.
     @app.exception_handler(Exception)
     async def unforeseen(request: Request, wrong: Exception) -> Response:
-        return told(500, "the server failed; the request may be sent again")
+        return told(500, FAILED)
 
 
 def _states(app: FastAPI, host: Host, server: Server) -> None:
@@ -115,16 +120,20 @@ def _states(app: FastAPI, host: Host, server: Server) -> None:
     async def page() -> Response:
         return HTMLResponse(await run_in_threadpool(PAGE.read_text, "utf-8"))
 
+    @app.head("/health", include_in_schema=False)
     @app.get("/health")
     async def health() -> dict[str, str]:
         """Whether the process is alive."""
         return {"status": "ok"}
 
+    @app.head("/ready", include_in_schema=False)
     @app.get("/ready")
     async def ready() -> Response:
         """Whether requests are taken."""
         if server.draining:
             return JSONResponse(error(503, "the server is shutting down"), 503)
+        if not host.service.alive:
+            return JSONResponse(error(503, "the engine has no room for a new state"), 503)
         return JSONResponse({"status": "ready"})
 
     @app.get("/version")

@@ -118,6 +118,27 @@ def thinking(inside: bool, tokens: Mapping[str, int]) -> str:
     return rule if special else rule + "\n" + r"thought[lazy]: /(.|\n)*<\/think>/"
 
 
+class Count:
+    """How many tokens of an answer are thinking: those before its first character, if there is any
+    thinking. `inside` as of `Splitter`."""
+
+    def __init__(self, inside: bool | None) -> None:
+        self._splitter = Splitter(inside)
+        self._tokens, self._thinks, self._answered = 0, False, False
+
+    @property
+    def tokens(self) -> int:
+        """So far."""
+        return self._tokens if self._thinks else 0
+
+    def add(self, text: str) -> None:
+        """One more token, by its text."""
+        for piece in self._splitter.feed(text):
+            self._thinks |= isinstance(piece, Reasoning)
+            self._answered |= isinstance(piece, Content)
+        self._tokens += not self._answered
+
+
 class Splitter:
     """Text to reasoning and content; however it is cut, the pieces together are the same.
 

@@ -19,6 +19,7 @@ from ropewalk.serve.asked import (
     BadRequest,
     Chat,
     Plain,
+    Said,
     Sampled,
     Text,
     Word,
@@ -56,11 +57,8 @@ _KINDS = {
 _PREFIXES = {"message": "msg", "reasoning": "rs", "function_call": "fc"}
 
 
-class Piece(Asked):
+class Piece(Said[Literal["input_text", "output_text", "reasoning_text", "refusal"]]):
     """A piece of a text; nothing but text can be read."""
-
-    type: Literal["input_text", "output_text", "reasoning_text"]
-    text: Text
 
 
 Name = Annotated[str, Field(max_length=64)]
@@ -83,13 +81,18 @@ class Item(Asked):
         for name in _NEEDED[self.type]:
             if getattr(self, name) is None:
                 raise BadRequest(f"{name}: is missing", name)
+        for name in ("content", "output"):
+            told = getattr(self, name)
+            pieces = told if isinstance(told, list) and self.role != "assistant" else ()
+            if any(piece.type == "refusal" for piece in pieces):
+                raise BadRequest(f"{name}: has a refusal, which only an assistant's may", name)
         return self
 
     @property
     def text(self) -> str:
         """What it says, its pieces one after the other."""
         told = self.content or self.output or ""
-        return told if isinstance(told, str) else "".join(piece.text for piece in told)
+        return told if isinstance(told, str) else "".join(map(str, told))
 
 
 class FunctionTool(Asked):
@@ -179,11 +182,13 @@ async def responses(host: Host, asked: Responses, request: Request) -> Response:
         old = (wrong.param or "").partition(".")[0]
         new = _NAMES.get(old, old)
         raise BadRequest(str(wrong).replace(old, new, 1), new, wrong.code) from None
-    room, note = host.room(conversation.prompt, asked.max_output_tokens)
-    headers = warned([*([note] if note else []), *unknown(asked.unknown)])
+    room, note = host.room(conversation.prompt, asked.max_output_tokens, "max_output_tokens")
+    (old, new), held = ("response_format", "text.format"), conversation.notes
+    notes = [*([note] if note else []), *(one.replace(old, new) for one in held)]
+    headers = warned([*notes, *unknown(asked.unknown)])
     whole = _Whole(host, asked, conversation, begin(host, chat, conversation, room))
     if asked.stream:
-        return streaming(whole.stream(), headers)
+        return streaming(request, whole.stream(), headers)
     return JSONResponse(await attended(request, whole.body()), headers=headers)
 
 
@@ -319,8 +324,7 @@ class _Whole:
         self.items, self.parser = _Items(), conversation.parser()
         # Text is taken token by token, so that each is known as thought, answer or call.
         self.ends = asked.ends(host.tokenizer.eos_ids)
-        self.splitter = reasoning.Splitter(conversation.inside)
-        self.thought, self.answered = 0, False
+        self.thought, self.answered = reasoning.Count(conversation.inside), False
         self.held: list[tuple[Token, str]] = []
 
     async def body(self) -> dict[str, Any]:
@@ -350,7 +354,7 @@ class _Whole:
             async for step in self.generation.steps():
                 for event in self._told(step):
                     yield event
-                if step.reason == "length":
+                if step.reason == "length" and not self.parser.ended:
                     details = {"reason": "max_output_tokens"}
                     status, more = "incomplete", {"incomplete_details": details}
         except Failed as failed:
@@ -365,12 +369,13 @@ class _Whole:
 
     def _told(self, step: Step) -> Iterator[Event]:
         for token, text in zip(step.tokens, step.pieces, strict=True):
-            self.answered |= any(isinstance(one, Content) for one in self.splitter.feed(text))
-            self.thought += not self.answered
+            self.thought.add(text)
             if token.id not in self.ends:
                 self.held.append((token, text))
             yield from self._written(self.parser.feed(text))
-        if step.reason:
+        if self.parser.ended:  # the only call that there may be
+            self.generation.stop(step.index)
+        if step.reason or self.parser.ended:
             rest = self.parser.feed(step.rest)
             yield from self._written([*rest, *self.parser.finish()])
 
@@ -386,12 +391,11 @@ class _Whole:
 
     def _usage(self) -> dict[str, Any]:
         usage = self.generation.usage()
-        thinks = any(item["type"] == "reasoning" for item in self.items.done)
         return {
             "input_tokens": usage["prompt_tokens"],
             "input_tokens_details": {**usage["prompt_tokens_details"], "cache_write_tokens": 0},
             "output_tokens": usage["completion_tokens"],
-            "output_tokens_details": {"reasoning_tokens": self.thought if thinks else 0},
+            "output_tokens_details": {"reasoning_tokens": self.thought.tokens},
             "total_tokens": usage["total_tokens"],
         }
 

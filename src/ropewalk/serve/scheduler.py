@@ -163,14 +163,19 @@ class Scheduler:
             self._leave(sequence)
             sequence.status, sequence.reason = Status.FINISHED, reason
 
-    def plan(self) -> Plan:
+    def plan(self, only: Sequence | None = None) -> Plan:
         """The next step. The tables of its sequences hold for it until the next call, except that a
-        commit or cancel that ends a sequence replaces its tables by none."""
+        commit or cancel that ends a sequence replaces its tables by none.
+
+        `only` after a restart: a step of one sequence, committed before the next is planned.
+        """
         limits, plan = self.limits, Plan()
         room = _Room(limits.budget, limits.pack, [limits.width] * len(self.pools))
         for sequence in self._active:
             self._give_back(sequence)
         for sequence in list(self._active):
+            if only not in (None, sequence):
+                continue
             if sequence.status is Status.PREFILLING:
                 end = self._reach(room, sequence, sequence.computed)
                 if end > sequence.computed and self._grow(sequence, end):
@@ -180,7 +185,8 @@ class Scheduler:
                 if so_far < sequence.longest and self._grow(sequence, so_far + limits.lookahead):
                     plan.rows.append(sequence)
                     sequence.flights.append(limits.lookahead)
-        self._admit(plan, room)
+        waiting = self._waiting if only is None else [s for s in self._waiting if s is only]
+        self._admit(plan, room, waiting)
         for chunk in plan.chunks:
             self._publish(chunk.sequence)
         return plan
@@ -241,11 +247,11 @@ class Scheduler:
                     f" {seen} of {limits.width} in prefill; shorten it, or serve with more pages"
                 )
 
-    def _admit(self, plan: Plan, room: _Room) -> None:
+    def _admit(self, plan: Plan, room: _Room, waiting: list[Sequence]) -> None:
         """Gives slots and pages to those that wait, in order, until one lacks something."""
         limits = self.limits
         # No more are looked at, since many that wait for the same blocks would take long.
-        for sequence in self._waiting[: 2 * limits.pack]:
+        for sequence in waiting[: 2 * limits.pack]:
             if not self._slots or sequence.flights:
                 return
             self._hash(sequence)

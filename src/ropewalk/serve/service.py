@@ -26,8 +26,8 @@ from ropewalk.serve.slots import Chosen, Settings
 
 # Steps of a profile.
 _TRACED = 100
-# Failed steps that a sequence may be part of; one more ends it.
-_TRIES = 1
+# Failed steps that a sequence may be part of beside others; one more ends it.
+_TRIES = 3
 
 
 class Token(NamedTuple):
@@ -111,7 +111,7 @@ class Service:
         )  # fmt: skip
         self.scheduler = Scheduler(self.limits)
         self.open, self._until = 0, 0.0
-        self._state = engine.init_decode_state()
+        self._state: Any = engine.init_decode_state()
         self._inbox: queue.SimpleQueue[tuple[str, Any]] = queue.SimpleQueue()
         self._outbox: list[tuple[Job, Event]] = []
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
@@ -119,6 +119,12 @@ class Service:
         self._stopping = False
         self._trace, self._steps = trace, 0
         self._live: set[Job] = set()
+        self._suspects: list[Job] = []
+
+    @property
+    def alive(self) -> bool:
+        """Whether there is a thread that serves, and the device keeps a state for it."""
+        return self._thread.is_alive() and self._state is not None
 
     def start(self) -> None:
         """Begins to serve; events are put by the running event loop."""
@@ -162,14 +168,18 @@ class Service:
         while not self._stopping:
             try:
                 self._take_in(wait=flight is None and self.scheduler.idle)
-                if any(job.matcher for job in self._live):
+                if self._state is None:
+                    self._state = self.engine.init_decode_state()
+                if self._suspects or any(job.matcher for job in self._live):
                     flight = self._land(flight)
                 started = time.perf_counter()
-                plan = self.scheduler.plan()
+                plan = self.scheduler.plan(self._suspect())
                 sent = self._send(plan) if plan.chunks or plan.rows else None
+                if sent is None:  # a suspect that finds no room waits for the others as usual
+                    self._suspects.clear()
                 self._profile(sent is not None)
-                self._land(flight)
-                flight = sent
+                flight, landing = sent, flight
+                self._land(landing)
                 took = time.perf_counter() - started
                 self.metrics.step(self.scheduler, plan, self.engine.programs(), took)
             except Exception:
@@ -182,12 +192,16 @@ class Service:
         """A profile of the first steps, where one is asked for."""
         if self._trace is None or not sent:
             return
-        if self._steps == 0:
-            jax.profiler.start_trace(str(self._trace))
-        self._steps += 1
-        if self._steps > _TRACED:
-            jax.profiler.stop_trace()
-            log.info("%s: a profile of %d steps", self._trace, _TRACED)
+        try:
+            if self._steps == 0:
+                jax.profiler.start_trace(str(self._trace))
+            self._steps += 1
+            if self._steps > _TRACED:
+                jax.profiler.stop_trace()
+                log.info("%s: a profile of %d steps", self._trace, _TRACED)
+                self._trace = None
+        except Exception:
+            log.exception("%s: no profile is made", self._trace)
             self._trace = None
 
     def _take_in(self, wait: bool) -> None:
@@ -297,6 +311,8 @@ class Service:
             steps = range(after.token.shape[0])
             tokens = [_token(after, (k, i), sequence) for k in steps if after.emitted[k, i]]
             self._commit(sequence, tokens, now)
+        wrote = [sequence.payload for sequence in flight.rows]
+        self._suspects = [job for job in self._suspects if job not in wrote]
 
     def _read(self, job: Job, chunk: Chunk, number: int, read: slice, prefix: Any) -> None:
         """What a chunk's tokens are scored, and what they add to an embedding."""
@@ -358,14 +374,24 @@ class Service:
             job.events.put_nowait((job.index, event))
             self.open -= isinstance(event, Ended)
 
+    def _suspect(self) -> Served | None:
+        """After a failed step, the first of its sequences that did not write a token since: it runs
+        apart from all others, to tell whose fault it was."""
+        self._suspects = [job for job in self._suspects if job in self._live]
+        return self._suspects[0].sequence if self._suspects else None
+
     def _recover(self) -> None:
-        """Begins anew on the device; what was being served is read again, or ended."""
+        """Begins anew on the device. What was being served is read again, one sequence at a time;
+        one that fails apart from others, or too often beside them, ends."""
+        apart = self._suspect()
         for job in list(self._live):
-            job.failures += job.sequence.slot is not None
-            if job.failures > _TRIES:
+            if self._state is None or job.sequence is apart or job.failures >= _TRIES:
                 self._end(job, "error", "the engine failed; the request may be sent again")
+            elif apart is None and job.sequence.slot is not None:
+                job.failures += 1
+                self._suspects.append(job)
         self.scheduler.restart()
-        self._state = self.engine.init_decode_state()
+        self._state = None  # before the next one is made: there may be no room for both
 
 
 @dataclasses.dataclass

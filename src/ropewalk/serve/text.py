@@ -1,11 +1,15 @@
 """Tokens of one answer to text, piece by piece, up to a stop string; and how tokens are shown with
 their log-probabilities."""
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from ropewalk.serve.service import Token
 from ropewalk.text.interface import StreamDecoder, Tokenizer
+
+# What is told of a token that has no probability: JSON knows no infinity.
+_LEAST = -9999.0
 
 
 class Writer:
@@ -80,7 +84,7 @@ def chat_logprobs(tokenizer: Tokenizer, tokens: Sequence[Token], top: int) -> di
 
     def entry(token: int, logprob: float) -> dict[str, Any]:
         text, raw = piece(tokenizer, token)
-        return {"token": text, "logprob": max(logprob, -9999.0), "bytes": raw}
+        return {"token": text, "logprob": _finite(logprob), "bytes": raw}
 
     content = [
         {
@@ -90,6 +94,10 @@ def chat_logprobs(tokenizer: Tokenizer, tokens: Sequence[Token], top: int) -> di
         for token in tokens
     ]
     return {"content": content, "refusal": None}
+
+
+def _finite(logprob: float) -> float:
+    return max(logprob, _LEAST) if math.isfinite(logprob) else _LEAST
 
 
 class Scores:
@@ -109,11 +117,11 @@ class Scores:
         for number, token in enumerate(tokens):
             text, _ = piece(self._tokenizer, token.id)
             scored, ranked = number >= unscored, reversed(token.ranked[: self._top])
-            best = {piece(self._tokenizer, i)[0]: value for i, value in ranked}
-            best = {**best, text: token.logprob} if scored and self._top else None
+            best = {piece(self._tokenizer, i)[0]: _finite(value) for i, value in ranked}
+            logprob = _finite(token.logprob)
             told["tokens"].append(text)
-            told["token_logprobs"].append(max(token.logprob, -9999.0) if scored else None)
-            told["top_logprobs"].append(best)
+            told["token_logprobs"].append(logprob if scored else None)
+            told["top_logprobs"].append({**best, text: logprob} if scored and self._top else None)
             told["text_offset"].append(self._offset)
             self._offset += len(self._decoder.feed(token.id))
         return told

@@ -25,20 +25,27 @@ class NotACall(Exception):
     """What is being read cannot become a call any more."""
 
 
+class Enough(Exception):
+    """The one call that was looked for has come to its end."""
+
+
 class Reader:
     """The characters of an answer one by one, and the parts that calls are made of.
 
     Its methods are generators that stop where they need the next character; they raise NotACall.
-    What was read is `held` until it is a call for certain, so that it can become content.
+    What was read is `held` until it is a call for certain, so that it can become content. With
+    `single` they raise Enough at the end of the first call.
     """
 
-    def __init__(self, names: Collection[str], new_id: Callable[[], str]) -> None:
+    def __init__(
+        self, names: Collection[str], new_id: Callable[[], str], single: bool = False
+    ) -> None:
         self.names = names
         self.char = ""  # the one to be read next; empty at the end of the text
         self.held: list[str] = []
         self.deltas: list[Delta] = []
         self.calls = 0
-        self._new_id = new_id
+        self._new_id, self._single = new_id, single
         self._streams = False
 
     def take(self) -> Steps[None]:
@@ -158,6 +165,7 @@ class Reader:
             if name is None or bare or self.char != "}":
                 raise NotACall
             self._begin(name, "{}")
+        self.end()
         if self.char == "}":  # which models forget after the braces of the arguments
             yield from self.take()
         self.held.clear()
@@ -172,6 +180,11 @@ class Reader:
                 yield from self.blanks()
             if self.char != "{":
                 return
+
+    def end(self) -> None:
+        """Says that a call is whole."""
+        if self._single:
+            raise Enough
 
     def _begin(self, name: str, arguments: str = "") -> None:
         self.held.clear()
@@ -281,6 +294,7 @@ class Brackets(Format):
                 yield from reader.literal(self.markers[2])
             yield from reader.blanks()
             yield from reader.arguments(name)
+            reader.end()
 
     def call(self, name: str) -> tuple[Text, Text]:
         """See `Format.call`."""
@@ -320,17 +334,24 @@ class Parser:
     `reasoning.Splitter`. A call is one only where its name is among `names`: anything else is
     content, to the letter. What may belong to a call is held back until its name and the brace of
     its arguments are there. The blanks around calls are content only where text is on both sides.
+    With `single` nothing is read behind the first call.
     """
 
     def __init__(
-        self, form: Format | None, names: Collection[str] = (), inside: bool | None = None
+        self,
+        form: Format | None,
+        names: Collection[str] = (),
+        inside: bool | None = None,
+        single: bool = False,
     ) -> None:
         self._splitter = reasoning.Splitter(inside)
-        self._reader = Reader(names, form.new_id if form else str)
+        self._reader = Reader(names, form.new_id if form else str, single)
         self._steps = self._answer(form) if form and names else None
         self._blanks: list[str] = []
         self._beside_call = False  # the blanks at hand, that is
         self._has_content = False
+        self.ended = False
+        """whether the only call that there may be is whole"""
 
     @property
     def calls(self) -> int:
@@ -371,13 +392,20 @@ class Parser:
                 self._content(reader.char)
                 yield
                 continue
-            with contextlib.suppress(NotACall):
-                yield from form.read(reader)
+            try:
+                with contextlib.suppress(NotACall):
+                    yield from form.read(reader)
+            except Enough:
+                self.ended = self._beside_call = True
+                break
             self._beside_call |= reader.calls > calls
             calls = reader.calls
             for char in reader.held:
                 self._content(char)
             reader.held.clear()
+        reader.held.clear()
+        while True:
+            yield
 
     def _content(self, char: str) -> None:
         if char in BLANKS:

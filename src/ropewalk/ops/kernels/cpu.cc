@@ -186,8 +186,9 @@ ffi::Error rows(ffi::ThreadPool pool, ffi::Buffer<ffi::BF16> x, ffi::Buffer<ffi:
   int64_t many = x.dimensions()[0], inner = x.dimensions()[1], outer = w.dimensions()[0];
   auto from = (const bf16*)x.untyped_data(), weight = (const bf16*)w.untyped_data();
   auto to = (bf16*)y->untyped_data();
+  int64_t threads = std::max<int64_t>(pool.num_threads(), 1);
   // Long enough to be read at full speed, short enough to end together.
-  int64_t part = std::clamp<int64_t>(outer / (2 * pool.num_threads()) / 16 * 16, 48, 384);
+  int64_t part = std::clamp<int64_t>(outer / (2 * threads) / 16 * 16, 48, 384);
   parallel(pool, (outer + part - 1) / part, [=](int64_t i) {
     int64_t n = i * part;
     product(from, weight + n * inner, to + n, many, std::min(part, outer - n), inner, outer);
@@ -215,12 +216,19 @@ struct Pages {
   const void *keys, *values;
   const float *key_scales, *value_scales;
   const int32_t *pages, *there, *owner, *positions, *segments;
-  int64_t columns, size, heads, inner, outer, times, count;
+  int64_t columns, size, heads, pool, inner, outer, times, count;
   float scale, soft_cap;
   int32_t window, chunk;
 
+  // Whether a column of a row names a page; one that was given back is -1.
+  bool there_is(int64_t row, int64_t column) const {
+    int32_t page = pages[row * columns + column];
+    return page >= 0 && page < pool;
+  }
+
   // Which of the kLanes places from `place` on a query sees, -1 or 0 each.
   Ints seen(int64_t row, int64_t time, int64_t place, int64_t count) const {
+    if (!there_is(row, place / size)) return Ints{};
     int32_t now = positions[row * times + time], own = segments[row * times + time];
     int32_t first = window ? std::max(now - window + 1, 0) : 0;
     if (chunk) first = std::max(first, now / chunk * chunk);
@@ -316,6 +324,7 @@ float soften(const Pages& p, float* scores, const Ints* open, int64_t size, floa
   Floats each = {};
   for (int64_t s = 0; s < size; s += kLanes) {
     Floats x = power(load(scores + s) - most);
+    x = open[s / kLanes] ? x : Floats{};  // where a row sees nothing, all are as high as the top
     each += x;
     put(x, scores + s, kLanes);
   }
@@ -346,7 +355,8 @@ void look(const Pages& p, int64_t b, int64_t head, const T* q, const float* sink
     int64_t many = std::min(kPages, p.count - start);
     bool seen[kPages] = {}, some = false;
     for (int64_t j = 0; j < many; j++) {
-      if (start + j + 1 < p.count) fetch(keys + part(start + j + 1) * p.inner, p.size * p.inner);
+      if (start + j + 1 < p.count && p.there_is(b, start + j + 1))
+        fetch(keys + part(start + j + 1) * p.inner, p.size * p.inner);
       Ints any = {};
       for (int64_t time = 0; time < p.times; time++)
         for (int64_t s = 0; s < size; s += kLanes) {
@@ -397,7 +407,7 @@ ffi::Error attend(ffi::ThreadPool pool, ffi::AnyBuffer q, ffi::AnyBuffer keys,
   Pages p{keys.untyped_data(), values.untyped_data(), key_scales.typed_data(),
           value_scales.typed_data(), pages.typed_data(), there.typed_data(), owner.typed_data(),
           positions.typed_data(), segments.typed_data(), pages.dimensions()[1], stored[2], heads,
-          inner, outer, positions.dimensions()[1], *count.typed_data(), scale, soft_cap, window,
+          stored[0], inner, outer, positions.dimensions()[1], *count.typed_data(), scale, soft_cap, window,
           chunk};
   auto run = [&](auto kept, auto read) {
     using Stored = decltype(kept);

@@ -2,15 +2,16 @@
 user's cache, called by compiled programs. Without a compiler XLA's own code does the same, slower.
 """
 
+import atexit
 import ctypes
 import functools
 import hashlib
 import importlib.metadata
-import os
 import platform as machine
 import shutil
 import subprocess
 import tempfile
+import threading
 from pathlib import Path
 
 import jax
@@ -19,7 +20,7 @@ import numpy as np
 
 from ropewalk.core.compilation import kernels_directory
 from ropewalk.core.log import log
-from ropewalk.core.storage import private_dir
+from ropewalk.core.storage import private_dir, write_atomic
 from ropewalk.parallel.axes import platform
 
 MOST_ROWS = 64
@@ -30,6 +31,7 @@ _FLAGS = (
     "-std=c++17", "-O3", "-mcpu=native" if _ARM else "-march=native", "-shared", "-fPIC", "-w",
 )  # fmt: skip
 _NAME = "ropewalk"
+_LOCK = threading.Lock()
 _COMPILERS = "c++", "g++", "clang++"
 
 
@@ -39,19 +41,30 @@ def ready() -> bool:
     return platform() == "cpu" and jax.device_count() == 1 and built() is None
 
 
-@functools.cache
 def built() -> str | None:
     """Builds and registers the kernels. Returns None, or why there are none."""
-    compiler = next(filter(None, map(shutil.which, _COMPILERS)), None)
-    if compiler is None:
-        return _without(f"no C++ compiler ({', '.join(_COMPILERS)}) is on PATH")
-    try:
-        register(_NAME, library(compiler))
-    except subprocess.CalledProcessError as error:
-        return _without(f"{compiler} refuses their source: {error.stderr.strip()[-500:]}")
-    except (OSError, subprocess.SubprocessError) as error:
-        return _without(f"they cannot be built by {compiler}: {error}")
-    return None
+    with _LOCK:
+        return _built()
+
+
+@functools.cache
+def _built() -> str | None:
+    reasons = []
+    for compiler in filter(None, map(shutil.which, _COMPILERS)):
+        try:
+            register(_NAME, library(compiler))
+            return None
+        except subprocess.CalledProcessError as error:
+            reasons.append(f"{compiler} refuses their source: {error.stderr.strip()[-500:]}")
+        except (OSError, subprocess.SubprocessError, RuntimeError, AttributeError) as error:
+            reasons.append(f"they cannot be built by {compiler}: {error}")
+    none = f"no C++ compiler ({', '.join(_COMPILERS)}) is on PATH"
+    reason = "; ".join(dict.fromkeys(reasons)) or none
+    log.warning(
+        "kernels for this CPU are missing: %s. Decoding in bfloat16 takes up to twice as long",
+        reason,
+    )
+    return reason
 
 
 def register(name: str, path: Path) -> None:
@@ -100,7 +113,7 @@ def attend(
     its pages int32 [b, m], and the positions and owners int32 [b, m * size] of their places, as in
     a View, of which `count` int32 [] columns are looked at; queries: positions and segments int32
     [b, t]; sinks float32 [k, r]; near: window and chunk. Returns [b, k, r, g]; 0 for a query that
-    sees nothing.
+    sees nothing, or a page that is none.
     """
     none = jnp.zeros(0, jnp.float32)
     shape = jax.ShapeDtypeStruct((*q.shape[:3], pools[1].shape[3]), q.dtype)
@@ -112,14 +125,6 @@ def attend(
     )  # fmt: skip
 
 
-def _without(reason: str) -> str:
-    log.warning(
-        "kernels for this CPU are missing: %s. Decoding in bfloat16 takes up to twice as long",
-        reason,
-    )
-    return reason
-
-
 def library(compiler: str, flags: tuple[str, ...] = _FLAGS) -> Path:
     """The library, built if it was not yet; its name says from what, by whom and for which
     processor. Raises OSError or SubprocessError."""
@@ -129,15 +134,16 @@ def library(compiler: str, flags: tuple[str, ...] = _FLAGS) -> Path:
     name = hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32]
     try:
         directory = private_dir(kernels_directory())
-    except OSError:
-        directory = Path(tempfile.mkdtemp())
+    except (OSError, RuntimeError):  # no home, or not ours to write to
+        directory = Path(tempfile.mkdtemp(prefix="ropewalk"))
+        atexit.register(shutil.rmtree, directory, ignore_errors=True)
     path = directory / f"{name}.so"
     if not path.exists():
         log.info("building kernels for this CPU, once")
-        handle, made = tempfile.mkstemp(dir=directory, suffix=".so")
-        os.close(handle)
-        _run(compiler, *flags, "-I", include, str(_SOURCE), "-o", made)
-        os.replace(made, path)
+        with tempfile.TemporaryDirectory(dir=directory) as scratch:
+            made = Path(scratch) / path.name
+            _run(compiler, *flags, "-I", include, str(_SOURCE), "-o", str(made))
+            write_atomic(path, made.read_bytes())
     return path
 
 
