@@ -269,4 +269,6 @@ class _Whole:
     def _logprobs(self, tokens: list[Any]) -> dict[str, Any] | None:
         if not self.asked.logprobs:
             return None
+        ends = self.asked.ends(self.host.tokenizer.eos_ids)
+        tokens = [token for token in tokens if token.id not in ends]  # it is no content
         return chat_logprobs(self.host.tokenizer, tokens, self.asked.top_logprobs or 0)

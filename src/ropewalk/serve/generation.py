@@ -35,7 +35,8 @@ class Host:
     """of the model, as requests say it"""
     tokenizer: Tokenizer
     service: Service
-    grammars: Grammars
+    grammars: Grammars | None
+    """none without a token that ends an answer"""
     metrics: Metrics
     created: int
     """seconds since 1970"""
@@ -135,6 +136,12 @@ class Host:
 
     async def matcher(self, spec: Spec, param: str, thinking: str = "") -> Matcher:
         """What constrains one answer. Raises BadRequest where it cannot be compiled, and Busy."""
+        if self.grammars is None:
+            raise BadRequest(
+                f"{param}: {self.name} has no token that ends an answer, so that none can be held "
+                "to a format: leave it out",
+                param,
+            )
         try:
             return await run_in_threadpool(self.grammars.compile, spec, thinking)
         except Busy:

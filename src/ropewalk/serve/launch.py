@@ -91,7 +91,8 @@ def build(options: Options, keys: tuple[str, ...] = ()) -> Server:
     release_compiler_memory()
     metrics = Metrics(name)
     service = Service(engine, options.queue, metrics, options.trace)
-    grammars = Grammars(tokenizer, engine.vocab)
+    ends = any(token < engine.vocab for token in tokenizer.eos_ids)
+    grammars = Grammars(tokenizer, engine.vocab) if ends else None
     host = Host(name, tokenizer, service, grammars, metrics, int(time.time()))
     return Server(host, keys, options.drain)
 

@@ -1,5 +1,5 @@
 """What a server tells of itself, in Prometheus' text format under our prefix and vLLM's names, and
-under vLLM's prefix too, so that its dashboards work unchanged."""
+under vLLM's prefix too, for its dashboards."""
 
 import time
 from typing import Any
