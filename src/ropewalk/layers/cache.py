@@ -190,8 +190,8 @@ class Paged:
         read: Read = _as_stored,
         **how: Any,
     ) -> tuple[jax.Array, "Paged"]:
-        """As `Dense.attend`, with `streamed` for `attend`: every page is read once, whatever the
-        lengths."""
+        """As `Dense.attend`, with `streamed` or a CPU's kernel for `attend`: every page is read
+        once, whatever the lengths."""
         cache, many, size = self._put(new), together_of(self.size), self.size
         view = self.viewed
         if q.shape[1] <= _FEW and read is _as_stored and cache._lies_for(q) and cpu.ready():
