@@ -3,14 +3,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ropewalk.serve import reasoning
-from ropewalk.serve.reasoning import Arguments, Call, Content, Delta, Reasoning, merged, message
+from ropewalk.serve.deltas import Arguments, Call, Content, Delta, Reasoning, merged, message
+from ropewalk.serve.reasoning import Channels, Thinking, ThinkTags
+from ropewalk.serve.tools import Parser
 
-PIECES = st.sampled_from(["<think>", "</think>", "<", "</thi", "think>", "a", "b c", " ", "\n"])
+THINKING = [None, ThinkTags(False), ThinkTags(True), Channels()]
+PIECES = st.sampled_from([
+    "<think>", "</think>", "<", "</thi", "think>", "a", "b c", " ", "\n", *Channels.markers, "<|",
+    "|>", "analysis", "final", "commentary", "assistant", " to=functions.f",
+])  # fmt: skip
 
 
-def split(*pieces: str, inside: bool | None) -> list[Delta]:
-    splitter = reasoning.Splitter(inside)
-    return [delta for piece in pieces for delta in splitter.feed(piece)] + splitter.finish()
+def split(*pieces: str, thinking: Thinking | None) -> list[Delta]:
+    parser = Parser(None, (), thinking)
+    return [delta for piece in pieces for delta in parser.feed(piece)] + parser.finish()
 
 
 @pytest.mark.parametrize(
@@ -28,19 +34,48 @@ def split(*pieces: str, inside: bool | None) -> list[Delta]:
     ],
 )
 def test_thought_and_answer(inside: bool | None, text: str, thought: str, content: str) -> None:
-    found = message(split(text, inside=inside))
+    found = message(split(text, thinking=None if inside is None else ThinkTags(inside)))
     assert (found.get("reasoning_content", ""), found["content"]) == (thought, content)
 
 
-@given(pieces=st.lists(PIECES), inside=st.sampled_from([None, False, True]))
-def test_however_it_is_cut(pieces: list[str], inside: bool | None) -> None:
-    whole = merged(split("".join(pieces), inside=inside))
-    assert merged(split(*pieces, inside=inside)) == whole
-    assert merged(split(*"".join(pieces), inside=inside)) == whole
+SAID = "<|channel|>final<|message|>hi"
+TOOL = "<|channel|>commentary to=python code<|message|>1"
+
+
+@pytest.mark.parametrize(
+    ("text", "thought", "content"),
+    [
+        (f"<|channel|>analysis<|message|>Well<|end|><|start|>assistant{SAID}<|return|>",
+         "Well", "hi"),
+        (f"<|channel|>analysis<|message|>a\n<|end|><|start|>assistant<|channel|>analysis"
+         f"<|message|>b < c<|end|><|start|>assistant{SAID}", "a\nb < c", "hi"),
+        ("<|channel|>commentary<|message|>So:<|end|><|start|>assistant<|channel|>final<|message|>hi",
+         "", "So:\n\nhi"),
+        ("<|channel|>analysis<|message|>Well <|en", "Well <|en", ""),
+        ("<|channel|>analysis<|message|>Well<|end|><|start|>assist", "Well", ""),
+        ("<|channel|>final <|message|>\n hi <think>\n", "", "\n hi <think>\n"),
+        ("<|chan", "", "<|chan"),
+        ("hi <|channel|>final", "", "hi <|channel|>final"),
+        (TOOL, "", TOOL),
+        (f"{TOOL}<|call|><|start|>assistant{SAID}", "", f"{TOOL}<|call|>\n\nhi"),
+        ("<|channel|>secret<|message|>a", "", "<|channel|>secret<|message|>a"),
+        (f"<|channel|>{'a' * 300}{SAID}", "", f"<|channel|>{'a' * 300}{SAID}"),
+    ],
+)  # fmt: skip
+def test_thought_and_answer_in_channels(text: str, thought: str, content: str) -> None:
+    found = message(split(text, thinking=Channels()))
+    assert (found.get("reasoning_content", ""), found["content"]) == (thought, content)
+
+
+@given(pieces=st.lists(PIECES), thinking=st.sampled_from(THINKING))
+def test_however_it_is_cut(pieces: list[str], thinking: Thinking | None) -> None:
+    whole = merged(split("".join(pieces), thinking=thinking))
+    assert merged(split(*pieces, thinking=thinking)) == whole
+    assert merged(split(*"".join(pieces), thinking=thinking)) == whole
 
 
 def test_no_more_is_held_back_than_may_be_a_tag() -> None:
-    splitter = reasoning.Splitter(True)
+    splitter = ThinkTags(True).splitter()
     assert splitter.feed("ab </th") == [Reasoning("ab")]
     assert splitter.feed("e") == [Reasoning(" </the")]
     assert splitter.feed("</think>\n") == []
@@ -49,10 +84,11 @@ def test_no_more_is_held_back_than_may_be_a_tag() -> None:
 
 def test_a_template_and_its_prompt_tell_where_the_answer_begins() -> None:
     template = "{{ content.split('</think>')[-1] }}"
-    assert reasoning.detect(template, "<|user|>hi<|assistant|><think>\n") is True
-    assert reasoning.detect(template, "<|assistant|><think>\n\n</think>\n\n") is False
+    assert reasoning.detect(template, "<|user|>hi<|assistant|><think>\n") == ThinkTags(True)
+    assert reasoning.detect(template, "<|assistant|><think>\n\n</think>\n\n") == ThinkTags(False)
     assert reasoning.detect("{{ content }}", "<think>") is None
     assert reasoning.detect(None, "<think>") is None
+    assert reasoning.detect("<|start|>assistant<|channel|>final<|message|>", "") == Channels()
 
 
 def test_a_message_is_put_together_from_its_deltas() -> None:

@@ -2,6 +2,7 @@
 
 import asyncio
 import base64
+import dataclasses
 import json
 import re
 import time
@@ -14,8 +15,10 @@ import pytest
 from ropewalk.checkpoint.pretrained import load
 from ropewalk.layers.lm import with_parameters
 from ropewalk.serve import grammar
+from ropewalk.serve.asked import Message
+from ropewalk.serve.chat import message
 from ropewalk.text import chat as templates
-from tests.serve.tiny_server import LENGTH, tiny_model
+from tests.serve.tiny_server import LENGTH, TEMPLATE, tiny_model
 
 SAY = [{"role": "user", "content": "Say something."}]
 # Of `<tool_call>` and `<think>`, which a model may begin with, the second has an h.
@@ -221,6 +224,82 @@ def test_thinking_is_counted(client, server, monkeypatch):
     scripted(monkeypatch, server, answer)
     usage = client.chat.completions.create(**FORMATTED).usage
     assert usage.completion_tokens_details.reasoning_tokens == 0
+
+
+CHANNELED = (
+    TEMPLATE.replace("<|assistant|>", "{{ reasoning_effort }}<|start|>assistant")
+    + "{# <|channel|>final<|message|> to=functions.name message.thinking #}"
+)
+
+
+@pytest.fixture
+def channeled(server, monkeypatch):
+    """A template that knows channels."""
+    tokenizer = server.host.tokenizer
+    roles = dataclasses.replace(tokenizer.roles, chat_template=CHANNELED)
+    monkeypatch.setattr(tokenizer, "roles", roles)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_channels_are_thought_and_answer(client, server, monkeypatch, channeled, stream):
+    analysis = "<|channel|>analysis<|message|>Hm<|end|><|start|>assistant"
+    scripted(monkeypatch, server, f"{analysis}<|channel|>final<|message|>Yes")
+    answer = client.chat.completions.create(**FORMATTED, stream=stream)
+    choices = [one.choices[0] for one in answer] if stream else answer.choices
+    said = [choice.delta if stream else choice.message for choice in choices]
+    thought = [getattr(one, "reasoning_content", None) or "" for one in said]
+    assert "".join(thought) == "Hm" and "".join(one.content or "" for one in said) == "Yes"
+    if not stream:
+        header = "<|channel|>final<|message|>"
+        details = answer.usage.completion_tokens_details
+        assert details.reasoning_tokens == len(analysis + header)
+
+
+def test_channels_hold_calls_and_formats(client, channeled):
+    """By the real grammars; a bias takes the model past its thoughts."""
+    asked = {"model": "tiny", "messages": SAY, "temperature": 0, "max_tokens": 300}
+    soon = {str(ord("c")): 100, str(ord('"')): 90, str(ord("f")): 80}
+    told = client.chat.completions.create(
+        **asked, tools=TOOLS, tool_choice="required", logit_bias=soon
+    ).choices[0]
+    (call,) = told.message.tool_calls
+    assert told.finish_reason == "tool_calls" and told.message.content is None
+    assert set(json.loads(call.function.arguments)) == {"city", "days"}
+    form = {"type": "regex", "regex": r"(cat|dog){2}!"}
+    told = client.chat.completions.create(**asked, response_format=form, logit_bias=soon)
+    assert re.fullmatch(r"(cat|dog){2}!", told.choices[0].message.content)
+
+
+def test_thought_goes_back_by_the_name_that_a_template_has():
+    call = {"id": "c", "type": "function", "function": {"name": "news", "arguments": "{}"}}
+    said = {"role": "assistant", "content": "So", "reasoning_content": "Hm", "tool_calls": [call]}
+    for one, has in (
+        (said, {"content": "", "thinking": "Hm\n\nSo"}),
+        ({**said, "tool_calls": None}, {"content": "So", "thinking": "Hm"}),
+    ):
+        told = message(Message.model_validate(one), CHANNELED)
+        assert {name: told[name] for name in has} == has
+    assert "thinking" not in message(Message.model_validate(said), TEMPLATE)
+
+
+def test_how_much_is_thought_is_the_template_s_to_know(client, server, monkeypatch, channeled):
+    asked = {"model": "tiny", "max_tokens": 1, "temperature": 0}
+
+    def read(**more):
+        raw = client.chat.completions.with_raw_response.create(**asked, messages=SAY, **more)
+        return raw.parse().usage.prompt_tokens, raw.headers.get("warning", "")
+
+    plain, high = read(), read(reasoning_effort="high")
+    assert high == (plain[0] + len("high"), "")
+    named = {"chat_template_kwargs": {"reasoning_effort": "minimal"}}
+    assert read(reasoning_effort="high", extra_body=named)[0] == plain[0] + len("minimal")
+    raw = client.responses.with_raw_response.create
+    told = raw(model="tiny", input="Say something.", reasoning={"effort": "high"}, temperature=0)
+    assert told.parse().usage.input_tokens == high[0] and "warning" not in told.headers
+    monkeypatch.undo()
+    assert "reasoning_effort changes nothing" in read(reasoning_effort="high")[1]
+    told = raw(model="tiny", input="Say something.", reasoning={"effort": "high"}, temperature=0)
+    assert "reasoning.effort changes nothing" in told.headers["warning"]
 
 
 @pytest.mark.parametrize("stream", [False, True])

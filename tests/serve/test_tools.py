@@ -12,25 +12,28 @@ from hypothesis import strategies as st
 from openai.types.chat import ChatCompletionMessage
 from openai.types.chat.chat_completion_chunk import ChoiceDelta
 
-from ropewalk.serve import reasoning, tools
-from ropewalk.serve.reasoning import Arguments, Call, Content, Delta, Reasoning, merged, message
+from ropewalk.serve import tools
+from ropewalk.serve.deltas import Arguments, Call, Content, Delta, Reasoning, merged, message
+from ropewalk.serve.deltas import openai as openai_delta
+from ropewalk.serve.reasoning import Channels, Thinking, ThinkTags
 from ropewalk.serve.tool_choice import Choice, ToolError, choose
 from ropewalk.serve.tool_choice import grammar as grammar_of
 
 TAGS, BARE, LIST, NAMED = tools.Tags(), tools.Bare(), tools.Brackets(), tools.NamedBrackets()
-FORMATS = [TAGS, BARE, LIST, NAMED]
+TO = tools.Recipients()
+FORMATS = [TAGS, BARE, LIST, NAMED, TO]
 NAMES = ("get", "get_weather", "ns.f-1")
-MARKERS = sorted({*reasoning.MARKERS, *(marker for form in FORMATS for marker in form.markers)})
+MARKERS = sorted({marker for which in (ThinkTags, Channels, *FORMATS) for marker in which.markers})
 
 
 def parse(
     form: tools.Format | None,
     pieces: Iterable[str],
     names: tuple[str, ...] = NAMES,
-    inside: bool | None = None,
+    thinking: Thinking | None = None,
 ) -> list[Delta]:
     """The deltas, with ids that do not depend on chance."""
-    parser = tools.Parser(form, names, inside)
+    parser = tools.Parser(form, names, thinking)
     deltas = [delta for piece in pieces for delta in parser.feed(piece)] + parser.finish()
     assert parser.calls == sum(isinstance(delta, Call) for delta in deltas)
     return merged(Call(d.index, "", d.name) if isinstance(d, Call) else d for d in deltas)
@@ -79,6 +82,14 @@ ARGUMENTS = '{"a": "}\\"<"}'
         (NAMED, '[TOOL_CALLS]get_weather[CALL_ID]a1B2[ARGS]{"a": 1}', None,
          [("get_weather", '{"a": 1}')]),
         (NAMED, f"[TOOL_CALLS] {GET}", None, [("get", ARGUMENTS)]),
+        (TO, '<|channel|>commentary to=functions.get <|constrain|>json<|message|>{"a": 1}<|call|>',
+         None, [("get", '{"a": 1}')]),
+        (TO, ' to=functions.get<|channel|>commentary json<|message|>{"a": 1}', None,
+         [("get", '{"a": 1}')]),
+        (TO, "So.<|start|>assistant<|channel|>analysis to=functions.ns.f-1<|message|>{}", "So.",
+         [("ns.f-1", "{}")]),
+        (TO, '<|start|>assistant to=functions.get<|channel|>commentary<|message|>\n{"a": [1}',
+         "}", [("get", '{"a": [1')]),
     ],
 )  # fmt: skip
 def test_calls_as_models_write_them(
@@ -110,6 +121,10 @@ def test_calls_as_models_write_them(
         (NAMED, "[TOOL_CALLS]get[ARGS]"),
         (NAMED, "[TOOL_CALLS]got[ARGS]{}"),
         (NAMED, "[TOOL_CALLS]get[1]{}"),
+        (TO, "<|channel|>commentary to=functions.got json<|message|>{}<|call|>"),
+        (TO, "<|channel|>commentary to=python<|message|>print()"),
+        (TO, "<|channel|>commentary to=functions.get<|message|>1"),
+        (TO, " to=functions.get json<|message|>{}"),
         (None, f"\n<tool_call>{GET}</tool_call>\n"),
     ],
 )  # fmt: skip
@@ -143,6 +158,8 @@ VALUES = st.recursive(
 )
 CALLS = st.lists(st.tuples(st.sampled_from(NAMES), st.dictionaries(st.text(), VALUES)), max_size=3)
 PLACES = st.lists(st.integers(0, 10_000))
+CHANNEL, NEXT = "<|channel|>", "<|end|><|start|>assistant"
+THINKING = st.sampled_from([None, ThinkTags(False), ThinkTags(True), Channels()])
 
 
 @pytest.mark.parametrize("form", FORMATS, ids=lambda form: type(form).__name__)
@@ -151,8 +168,13 @@ def test_what_is_written_is_read_however_it_is_cut(
     form: tools.Format, calls: list[tuple[str, Any]], places: list[int], thought: bool, said: str
 ) -> None:
     said = "" if form is BARE else said
-    text = "<think>\nWell </thin\n</think>\n\n" * thought + said + written(form, calls)
-    deltas = parse(form, cut(text, places), inside=False)
+    calls = calls if form.several else calls[:1]
+    before, thinking = "<think>\nWell </thin\n</think>\n\n" * thought + said, ThinkTags(False)
+    if form is TO:
+        thinking = Channels()
+        before = f"{CHANNEL}analysis<|message|>Well </thin{NEXT}" * thought
+        before += f"{CHANNEL}commentary<|message|>{said}{NEXT}" if said else ""
+    deltas = parse(form, cut(before + written(form, calls), places), thinking=thinking)
     expected: list[Delta] = [Reasoning("Well </thin")] if thought else []
     expected += [Content(said)] if said else []
     for i, (name, arguments) in enumerate(calls):
@@ -163,19 +185,20 @@ def test_what_is_written_is_read_however_it_is_cut(
 FRAGMENTS = st.sampled_from([
     *MARKERS, *NAMES, GET, '{"name": "', '"get"', '", "arguments": ', '"arguments":', '"id": 1, ',
     '"parameters": {}', *'{}[],;:"\\< \na', "</",
+    " to=functions.get", "commentary", "assistant", "json",
 ])  # fmt: skip
 
 
 @pytest.mark.parametrize("form", FORMATS, ids=lambda form: type(form).__name__)
 @settings(max_examples=300)
-@given(pieces=st.lists(FRAGMENTS, max_size=20), inside=st.sampled_from([None, False, True]))
+@given(pieces=st.lists(FRAGMENTS, max_size=20), thinking=THINKING)
 def test_any_text_is_read_the_same_however_it_is_cut(
-    form: tools.Format, pieces: list[str], inside: bool | None
+    form: tools.Format, pieces: list[str], thinking: Thinking | None
 ) -> None:
     text = "".join(pieces)
-    whole = parse(form, [text], inside=inside)
-    assert parse(form, pieces, inside=inside) == whole
-    assert parse(form, text, inside=inside) == whole
+    whole = parse(form, [text], thinking=thinking)
+    assert parse(form, pieces, thinking=thinking) == whole
+    assert parse(form, text, thinking=thinking) == whole
     assert parse(form, pieces, names=("unknown",)) == ([Content(text)] if text else [])
 
 
@@ -198,7 +221,7 @@ def test_no_more_is_held_back_than_may_be_a_call() -> None:
 @pytest.mark.parametrize("form", FORMATS, ids=lambda form: type(form).__name__)
 def test_one_call_may_be_the_only_one(form: tools.Format) -> None:
     """It ends there, as soon as it is whole and however the text is cut."""
-    text = written(form, [("get", {"a": 1}), ("get_weather", {})]) + " So."
+    text = written(form, [("get", {"a": 1}), ("get_weather", {})][: 1 + form.several]) + " So."
     for pieces in ([text], text):
         parser = tools.Parser(form, NAMES, None, single=True)
         deltas, read = [], ""
@@ -216,9 +239,9 @@ def test_one_call_may_be_the_only_one(form: tools.Format) -> None:
 
 def test_deltas_and_messages_are_those_of_openai() -> None:
     text = f"<think>Well</think>So <tool_call>{GET}</tool_call><tool_call>{GET}</tool_call>"
-    parser = tools.Parser(TAGS, NAMES, False)
+    parser = tools.Parser(TAGS, NAMES, ThinkTags(False))
     deltas = [*parser.feed(text), *parser.finish()]
-    chunks = [ChoiceDelta.model_validate(reasoning.openai(delta), strict=True) for delta in deltas]
+    chunks = [ChoiceDelta.model_validate(openai_delta(delta), strict=True) for delta in deltas]
     answer = ChatCompletionMessage.model_validate(message(deltas), strict=True)
     assert "".join(chunk.content or "" for chunk in chunks) == answer.content == "So"
     begun = [call for chunk in chunks for call in chunk.tool_calls or [] if call.id]
@@ -338,7 +361,7 @@ def test_what_a_grammar_lets_through_is_calls_that_fit(
         found += calls
         for name, arguments in calls:
             jsonschema_rs.validate(dict(choice.functions[name]), json.loads(arguments))
-    assert {name for name, _ in found} == {"get", "get_weather"} and len(found) > 12
+    assert {name for name, _ in found} == {"get", "get_weather"} and len(found) >= 12 + form.several
 
 
 def accepts(grammar: str, text: str, ids: dict[str, int]) -> bool:
@@ -358,16 +381,28 @@ def accepts(grammar: str, text: str, ids: dict[str, int]) -> bool:
 def test_a_grammar_allows_what_the_choice_does(form: tools.Format, ids: dict[str, int]) -> None:
     one = written(form, [("get_weather", {"city": "Rom", "days": [1, 2]})])
     both = written(form, [("get", {}), ("get_weather", {"city": "Rom"})])
-    thought = "<think>\nWell, é <thi\n</think>"
-    some = choose(TOOLS, "required")
-    assert accepts(grammar_of(form, some, None, ids), both, ids)
+    some, single = choose(TOOLS, "required"), choose(TOOLS, named("get_weather"))
+    assert accepts(grammar_of(form, some, None, ids), both, ids) == form.several
     assert not accepts(grammar_of(form, some, None, ids), "So." + one, ids)
-    assert not accepts(grammar_of(form, some, None, ids), thought + one, ids)
-    single = choose(TOOLS, named("get_weather"))
     assert accepts(grammar_of(form, single, None, ids), one, ids)
     assert not accepts(grammar_of(form, single, None, ids), both, ids)
     assert not accepts(grammar_of(form, single, None, ids), written(form, [("get", {})]), ids)
-    assert accepts(grammar_of(form, single, False, ids), one, ids)
-    assert accepts(grammar_of(form, single, False, ids), thought + "\n\n" + one, ids)
-    assert accepts(grammar_of(form, single, True, ids), thought[7:] + one, ids)
-    assert not accepts(grammar_of(form, single, True, ids), one, ids)
+
+
+@pytest.mark.parametrize("ids", [IDS, {}], ids=["special", "plain"])
+@pytest.mark.parametrize("form", FORMATS, ids=lambda form: type(form).__name__)
+def test_a_grammar_lets_think_before_a_call(form: tools.Format, ids: dict[str, int]) -> None:
+    one = written(form, [("get_weather", {"city": "Rom", "days": [1, 2]})])
+    single = choose(TOOLS, named("get_weather"))
+    if form is TO:
+        grammar = grammar_of(form, single, Channels(), ids)
+        analysis = "<|channel|>analysis<|message|>Well, é <|en\n<|end|><|start|>assistant"
+        assert accepts(grammar, one, ids) and accepts(grammar, analysis + one, ids)
+        assert not accepts(grammar, analysis.replace("analysis", "final") + one, ids)
+        return
+    thought = "<think>\nWell, é <thi\n</think>"
+    assert not accepts(grammar_of(form, single, None, ids), thought + one, ids)
+    assert accepts(grammar_of(form, single, ThinkTags(False), ids), one, ids)
+    assert accepts(grammar_of(form, single, ThinkTags(False), ids), thought + "\n\n" + one, ids)
+    assert accepts(grammar_of(form, single, ThinkTags(True), ids), thought[7:] + one, ids)
+    assert not accepts(grammar_of(form, single, ThinkTags(True), ids), one, ids)

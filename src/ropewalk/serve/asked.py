@@ -326,6 +326,7 @@ class Chat(Sampled):
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
     parallel_tool_calls: bool | None = None
     response_format: ResponseFormat | None = None
+    reasoning_effort: Word | None = None
     chat_template_kwargs: (
         Annotated[
             dict[Annotated[str, Field(max_length=64)], bool | int | float | Word],

@@ -15,7 +15,7 @@ from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import JSONResponse, Response
 
 from ropewalk.core.errors import UserError
-from ropewalk.serve import grammar, reasoning, tool_choice, tools
+from ropewalk.serve import deltas, grammar, reasoning, tool_choice, tools
 from ropewalk.serve.asked import BadRequest, Chat, Message, NamedTool, ResponseFormat
 from ropewalk.serve.completions import streaming, unknown, warned
 from ropewalk.serve.generation import Generation, Host, Step, attended
@@ -37,21 +37,17 @@ class Conversation:
     """A conversation made ready: its tokens, and how its answer is to be read."""
 
     prompt: tuple[int, ...]
-    inside: bool | None
+    thinking: reasoning.Thinking | None
     form: tools.Format | None
     choice: tool_choice.Choice
     matcher: grammar.Matcher | None
+    notes: list[str]
+    """what is not done as it was asked"""
 
     def parser(self) -> tools.Parser:
         """For one answer."""
         single = not self.choice.parallel
-        return tools.Parser(self.form, self.choice.functions, self.inside, single)
-
-    @property
-    def notes(self) -> list[str]:
-        """What is not done as it was asked."""
-        held = self.matcher is not None and self.choice.functions and not self.choice.forced
-        return ["response_format holds the whole answer, so that no tool is called"] if held else []
+        return tools.Parser(self.form, self.choice.functions, self.thinking, single)
 
 
 async def chat_completions(host: Host, asked: Chat, request: Request) -> Response:
@@ -75,7 +71,8 @@ def begin(host: Host, asked: Chat, conversation: Conversation, room: int) -> Gen
     prompts = [conversation.prompt], [room], conversation.matcher, ranked
     jobs = host.jobs(asked, *prompts)
     markers = conversation.form.markers if conversation.form else ()
-    return Generation(host, jobs, host.answers(asked, jobs, (*markers, *reasoning.MARKERS)))
+    thought = (conversation.thinking or reasoning.ThinkTags(False)).markers
+    return Generation(host, jobs, host.answers(asked, jobs, (*markers, *thought)))
 
 
 async def prepared(host: Host, asked: Chat) -> Conversation:
@@ -104,12 +101,19 @@ async def prepared(host: Host, asked: Chat) -> Conversation:
         )
     if choice.functions:
         extra["tools"] = listed
+    notes: list[str] = []
+    if asked.reasoning_effort and "reasoning_effort" in (template or ""):
+        extra = {"reasoning_effort": asked.reasoning_effort, **extra}
+    elif asked.reasoning_effort:
+        notes.append("reasoning_effort changes nothing, as the model's chat template has none")
     messages = [message(one, template) for one in asked.messages]
     text, ids = await read(host, messages, True, extra)
     ids = host.checked(ids, "messages")
-    inside = reasoning.detect(template, text)
-    matcher = await _matcher(host, asked.response_format, form, choice, inside)
-    return Conversation(ids, inside, form, choice, matcher)
+    thinking = reasoning.detect(template, text)
+    matcher = await _matcher(host, asked.response_format, form, choice, thinking)
+    if matcher is not None and choice.functions and not choice.forced:
+        notes.append("response_format holds the whole answer, so that no tool is called")
+    return Conversation(ids, thinking, form, choice, matcher, notes)
 
 
 async def read(
@@ -153,12 +157,18 @@ def _ids(
 
 
 def message(one: Message, template: str | None) -> dict[str, Any]:
-    """A message as templates read it: arguments of calls as objects where they are such, and a
-    developer's as the system's where the template knows none."""
+    """A message as templates read it: arguments of calls as objects where they are such, thoughts
+    by the name that the template has for them, and a developer's as the system's where it knows
+    none."""
     told = one.model_dump(exclude_none=True, exclude={"content"})
     if one.role == "developer" and "developer" not in (template or ""):
         told["role"] = "system"
     told["content"] = one.text
+    if one.reasoning_content and "message.thinking" in (template or ""):
+        told["thinking"] = one.reasoning_content
+        if one.tool_calls:  # beside which gpt-oss's takes one of them
+            told["thinking"] = "\n\n".join(filter(None, [one.reasoning_content, one.text]))
+            told["content"] = ""
     for call in told.get("tool_calls", ()):
         call["function"]["arguments"] = _arguments(call["function"]["arguments"])
     return told
@@ -176,14 +186,14 @@ async def _matcher(
     wanted: ResponseFormat | None,
     form: tools.Format | None,
     choice: tool_choice.Choice,
-    inside: bool | None,
+    thinking: reasoning.Thinking | None,
 ) -> grammar.Matcher | None:
     special = {text: i for i, text in host.tokenizer.vocabulary.specials.items()}
     if form is not None and choice.forced:
-        text = tool_choice.grammar(form, choice, inside, special)
+        text = tool_choice.grammar(form, choice, thinking, special)
         return await host.matcher(grammar.Lark(text), "tools")
-    # Where the prompt has opened the thinking, the format begins behind it.
-    return await host.formatted(wanted, reasoning.thinking(True, special) if inside else "")
+    before = thinking.rule(special, content=True) if thinking else ""
+    return await host.formatted(wanted, before)
 
 
 class _Whole:
@@ -192,7 +202,7 @@ class _Whole:
     def __init__(self, host: Host, asked: Chat, generation: Generation, conversation: Conversation):
         self.host, self.asked, self.generation = host, asked, generation
         self.parsers = [conversation.parser() for _ in generation.jobs]
-        self.thought = [reasoning.Count(conversation.inside) for _ in generation.jobs]
+        self.thought = [reasoning.Count(conversation.thinking) for _ in generation.jobs]
         self.head = {
             "id": f"chatcmpl-{secrets.token_hex(12)}",
             "created": int(time.time()),
@@ -201,23 +211,23 @@ class _Whole:
 
     async def body(self) -> dict[str, Any]:
         """Of an answer that is told at once."""
-        deltas: list[list[reasoning.Delta]] = [[] for _ in self.parsers]
+        told: list[list[deltas.Delta]] = [[] for _ in self.parsers]
         try:
             async for step in self.generation.steps():
-                deltas[step.index] += self._read(step)
+                told[step.index] += self._read(step)
         finally:
             self.generation.close()
         choices = [
             {
                 "index": i,
-                "message": {"refusal": None, **reasoning.message(deltas[i])},
+                "message": {"refusal": None, **deltas.message(told[i])},
                 "logprobs": self._logprobs(answer.tokens),
                 "finish_reason": self._reason(i),
             }
             for i, answer in enumerate(self.generation.answers)
         ]
-        told = {"object": "chat.completion", "choices": choices, "usage": self._usage()}
-        return {**self.head, **told}
+        body = {"object": "chat.completion", "choices": choices, "usage": self._usage()}
+        return {**self.head, **body}
 
     async def stream(self) -> AsyncIterator[dict[str, Any]]:
         """Chunks, as text comes."""
@@ -233,19 +243,19 @@ class _Whole:
         finally:
             self.generation.close()
 
-    def _read(self, step: Step) -> list[reasoning.Delta]:
+    def _read(self, step: Step) -> list[deltas.Delta]:
         """What a step adds to its answer, which ends behind the only call that there may be."""
         parser, i = self.parsers[step.index], step.index
         for text in step.pieces:
             self.thought[i].add(text)
-        deltas = parser.feed(step.text) if step.text else []
+        read = parser.feed(step.text) if step.text else []
         if parser.ended:
             self.generation.stop(i)
-        return deltas + (parser.finish() if self._reason(i) else [])
+        return read + (parser.finish() if self._reason(i) else [])
 
     def _told(self, step: Step) -> list[dict[str, Any]]:
         i = step.index
-        chunks = [self._chunk(i, reasoning.openai(delta)) for delta in self._read(step)]
+        chunks = [self._chunk(i, deltas.openai(delta)) for delta in self._read(step)]
         if self.asked.logprobs and step.tokens:
             chunks = chunks or [self._chunk(i, {"content": ""})]
             chunks[0]["choices"][0]["logprobs"] = self._logprobs(step.tokens)

@@ -1,175 +1,115 @@
-"""What an answer is made of, as the deltas of a chat completion; and what a model thinks
-(`<think>...</think>`) split from what it answers, as the text comes.
+"""What a model thinks split from what it answers, as the text comes.
 
-Knows no tokenizer: a server spells `MARKERS` out where they are special tokens.
+A `Thinking` is one way to mark thoughts: `Tags` as most models, `Channels` as gpt-oss. Knows no
+tokenizer: markers are text here, and a server spells them out where they are special tokens.
 """
 
 import json
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
-from itertools import groupby
-from typing import Any
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
 
-OPEN, CLOSE = MARKERS = ("<think>", "</think>")
+from ropewalk.serve.deltas import Content, Delta, Reasoning, merged
+
+OPEN, CLOSE = "<think>", "</think>"
+START, CHANNEL, MESSAGE, CONSTRAIN = "<|start|>", "<|channel|>", "<|message|>", "<|constrain|>"
+END, CALL, RETURN = "<|end|>", "<|call|>", "<|return|>"
 BLANKS = " \t\r\n"
 
 
-@dataclass(frozen=True)
-class Content:
-    """A piece of the answer."""
-
-    text: str
-
-
-@dataclass(frozen=True)
-class Reasoning:
-    """A piece of what was thought before the answer."""
-
-    text: str
-
-
-@dataclass(frozen=True)
-class Call:
-    """The begin of a tool call."""
-
-    index: int
-    id: str
-    name: str
-
-
-@dataclass(frozen=True)
-class Arguments:
-    """A piece of the JSON that is the arguments of a call, as the model wrote it."""
-
-    index: int
-    text: str
-
-
-Delta = Content | Reasoning | Call | Arguments
-
-
-def openai(delta: Delta) -> dict[str, Any]:
-    """The `delta` of a chat completion's chunk."""
-    match delta:
-        case Content(text):
-            return {"content": text}
-        case Reasoning(text):
-            return {"reasoning_content": text}
-        case Call(index, id, name):
-            function = {"name": name, "arguments": ""}
-            call = {"index": index, "id": id, "type": "function", "function": function}
-            return {"tool_calls": [call]}
-        case Arguments(index, text):
-            return {"tool_calls": [{"index": index, "function": {"arguments": text}}]}
-
-
-def merged(deltas: Iterable[Delta]) -> list[Delta]:
-    """The same deltas with neighbouring pieces of one text in one."""
-    whole: list[Delta] = []
-    for _, group in groupby(deltas, lambda d: (type(d), getattr(d, "index", None))):
-        first, *more = group
-        if not isinstance(first, Call):
-            text = "".join([first.text, *(d.text for d in more if not isinstance(d, Call))])
-            first = replace(first, text=text)
-        whole.append(first)
-    return whole
-
-
-def message(deltas: Iterable[Delta]) -> dict[str, Any]:
-    """The whole answer as the `message` of a chat completion."""
-    texts: dict[type, str] = {Content: "", Reasoning: ""}
-    calls: list[dict[str, Any]] = []
-    for delta in merged(deltas):
-        match delta:
-            case Call(_, id, name):
-                function = {"name": name, "arguments": ""}
-                calls.append({"id": id, "type": "function", "function": function})
-            case Arguments(index, text):
-                calls[index]["function"]["arguments"] += text
-            case _:
-                texts[type(delta)] += delta.text
-    content = texts[Content] or (None if calls else "")
-    answer: dict[str, Any] = {"role": "assistant", "content": content}
-    if texts[Reasoning]:
-        answer["reasoning_content"] = texts[Reasoning]
-    if calls:
-        answer["tool_calls"] = calls
-    return answer
-
-
-def detect(chat_template: str | None, prompt: str) -> bool | None:
-    """What `Splitter` is to be told of a conversation: None where the template knows no thinking,
-    else whether its prompt ends inside of it."""
-    if chat_template is None or CLOSE not in chat_template:
-        return None
-    return prompt.rstrip(BLANKS).endswith(OPEN)
-
-
 def spelling(marker: str, tokens: Mapping[str, int]) -> str:
-    """A marker as a grammar for llguidance writes it: by its id where it is a special token."""
+    """A marker, or other text, as a grammar for llguidance writes it: by its id where it is a
+    special token."""
     return f"<[{tokens[marker]}]>" if marker in tokens else json.dumps(marker)
 
 
-def thinking(inside: bool, tokens: Mapping[str, int]) -> str:
-    """The rule `thinking` of a grammar: what goes before an answer."""
-    special = CLOSE in tokens
-    closed = (r"/(.|\n)*/ " + spelling(CLOSE, tokens) if special else "thought") + r" /\n{0,2}/"
-    rule = f"thinking: {closed if inside else f'({spelling(OPEN, tokens)} {closed})?'}"
-    return rule if special else rule + "\n" + r"thought[lazy]: /(.|\n)*<\/think>/"
+def _until(marker: str, tokens: Mapping[str, int]) -> tuple[str, str]:
+    """Any text up to a marker, and a rule that is needed for it, in a grammar."""
+    if marker in tokens:
+        return r"/(.|\n)*/ " + spelling(marker, tokens), ""
+    closed = re.escape(marker).replace("/", r"\/")
+    return "thought", "\n" + rf"thought[lazy]: /(.|\n)*{closed}/"
 
 
-class Count:
-    """How many tokens of an answer are thinking: those before its first character, if there is any
-    thinking. `inside` as of `Splitter`."""
+class Splitter(ABC):
+    """Text to reasoning and content; however it is cut, the pieces together are the same."""
 
-    def __init__(self, inside: bool | None) -> None:
-        self._splitter = Splitter(inside)
-        self._tokens, self._thinks, self._answered = 0, False, False
-
-    @property
-    def tokens(self) -> int:
-        """So far."""
-        return self._tokens if self._thinks else 0
-
-    def add(self, text: str) -> None:
-        """One more token, by its text."""
-        for piece in self._splitter.feed(text):
-            self._thinks |= isinstance(piece, Reasoning)
-            self._answered |= isinstance(piece, Content)
-        self._tokens += not self._answered
-
-
-class Splitter:
-    """Text to reasoning and content; however it is cut, the pieces together are the same.
-
-    `inside`: whether the prompt has opened the thinking already; None for a model that does not
-    think, whose tags are content. Thinking opens nowhere but at the beginning, and the blanks on
-    either side of a tag are no part of anything. What may be a tag is held back.
-    """
-
-    def __init__(self, inside: bool | None) -> None:
-        self._inside = bool(inside)
-        self._expected = {None: (), False: (OPEN,), True: MARKERS}[inside]
-        self._tag = ""
-        self._blanks: list[str] = []
-        self._after_tag = self._inside
+    def __init__(self) -> None:
         self._pieces: list[Delta] = []
 
     def feed(self, text: str) -> list[Delta]:
         """What is certain after some more text."""
-        if not self._expected and not self._after_tag:
-            return [Content(text)] if text else []
         for char in text:
             self._step(char)
         return self._taken()
 
     def finish(self) -> list[Delta]:
         """What was held back, after the last piece of text."""
-        if self._tag:
-            self._add(self._tag)
-        elif not self._after_tag:
-            self._add()
+        self._end()
         return self._taken()
+
+    @abstractmethod
+    def _step(self, char: str) -> None: ...
+
+    @abstractmethod
+    def _end(self) -> None: ...
+
+    def _taken(self) -> list[Delta]:
+        taken, self._pieces = self._pieces, []
+        return merged(taken)
+
+
+class Thinking(ABC):
+    """How an answer begins to think, and how its thoughts are marked."""
+
+    markers: tuple[str, ...]
+
+    @abstractmethod
+    def splitter(self) -> Splitter:
+        """For one answer."""
+
+    @abstractmethod
+    def rule(self, tokens: Mapping[str, int], content: bool = False) -> str:
+        """The rule `thinking` of a grammar: what goes before calls, or before content that keeps
+        to a format; empty where nothing does. `tokens`: the ids of special tokens."""
+
+
+@dataclass(frozen=True)
+class ThinkTags(Thinking):
+    """`<think>` and `</think>` around what is thought before the answer."""
+
+    inside: bool
+    """whether the prompt has opened the thinking already"""
+
+    markers = (OPEN, CLOSE)
+
+    def splitter(self) -> Splitter:
+        """See `Thinking.splitter`."""
+        return _TagSplitter(self.inside)
+
+    def rule(self, tokens: Mapping[str, int], content: bool = False) -> str:
+        """See `Thinking.rule`. A format holds from the beginning, unless the prompt has opened the
+        thinking."""
+        if content and not self.inside:
+            return ""
+        thought, rule = _until(CLOSE, tokens)
+        closed = rf"{thought} /\n{{0,2}}/"
+        begun = closed if self.inside else f"({spelling(OPEN, tokens)} {closed})?"
+        return f"thinking: {begun}{rule}"
+
+
+class _TagSplitter(Splitter):
+    """Thinking opens nowhere but at the beginning, and the blanks on either side of a tag are no
+    part of anything. What may be a tag is held back."""
+
+    def __init__(self, inside: bool) -> None:
+        super().__init__()
+        self._inside = inside
+        self._expected = (OPEN, CLOSE) if inside else (OPEN,)
+        self._tag = ""
+        self._blanks: list[str] = []
+        self._after_tag = inside
 
     def _step(self, char: str) -> None:
         if not self._expected and not self._after_tag:
@@ -180,7 +120,7 @@ class Splitter:
             self._tag += char
             if self._tag in self._expected:
                 self._inside = self._tag == OPEN
-                self._expected = MARKERS if self._inside else ()
+                self._expected = (OPEN, CLOSE) if self._inside else ()
                 self._after_tag, self._tag = True, ""
                 self._blanks.clear()
         elif self._tag:
@@ -190,6 +130,12 @@ class Splitter:
         else:
             self._add(char)
 
+    def _end(self) -> None:
+        if self._tag:
+            self._add(self._tag)
+        elif not self._after_tag:
+            self._add()
+
     def _add(self, *text: str) -> None:
         kind = Reasoning if self._inside else Content
         self._pieces += map(kind, text if self._after_tag else [*self._blanks, *text])
@@ -197,6 +143,120 @@ class Splitter:
         self._after_tag = False
         self._expected = (CLOSE,) if self._inside else ()
 
-    def _taken(self) -> list[Delta]:
-        taken, self._pieces = self._pieces, []
-        return merged(taken)
+
+@dataclass(frozen=True)
+class Channels(Thinking):
+    """Messages, each with a channel that its header names: `analysis` is thought, `commentary` and
+    `final` are said. The prompt ends behind `<|start|>assistant`.
+
+    Source: https://cookbook.openai.com/articles/openai-harmony
+    """
+
+    markers = (START, CHANNEL, MESSAGE, CONSTRAIN, END, CALL, RETURN)
+
+    def splitter(self) -> Splitter:
+        """See `Thinking.splitter`."""
+        return _ChannelSplitter()
+
+    def rule(self, tokens: Mapping[str, int], content: bool = False) -> str:
+        """See `Thinking.rule`."""
+
+        def spelt(*text: str) -> str:
+            return " ".join(spelling(part, tokens) for part in text)
+
+        thought, rule = _until(END, tokens)
+        analysis = f"({spelt(CHANNEL, 'analysis', MESSAGE)} {thought} {spelt(START, 'assistant')})?"
+        header = spelt(CHANNEL, "final", MESSAGE) if content else ""
+        return f"thinking: {analysis} {header}{rule}"
+
+
+class _ChannelSplitter(Splitter):
+    """A message without a recipient is told without its header and end, any other, as to a tool, to
+    the letter. What is said after something else was begins behind an empty line."""
+
+    _HEADER = re.compile(
+        rf"({re.escape(START)}assistant)?{re.escape(CHANNEL)}(?P<channel>analysis|commentary|final)"
+        rf"\s*{re.escape(MESSAGE)}"
+    )
+    _HEADER_CHARS = 256
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._kind: type[Content | Reasoning] | None = None  # None within a header
+        self._raw = self._said = False
+        self._held = ""
+
+    def _step(self, char: str) -> None:
+        self._held += char
+        if self._kind is None:
+            self._read_header()
+        else:
+            self._read_body()
+
+    def _end(self) -> None:
+        if self._kind is not None or not self._held.startswith((START, CHANNEL)):
+            self._tell(self._held)
+
+    def _read_header(self) -> None:
+        held = self._held
+        begins = any(m.startswith(held) or held.startswith(m) for m in (START, CHANNEL, " to="))
+        if begins and not held.endswith(MESSAGE) and len(held) < self._HEADER_CHARS:
+            return
+        known = self._HEADER.fullmatch(held)
+        self._raw = known is None
+        self._kind = Reasoning if known and known["channel"] == "analysis" else Content
+        if known is None:
+            self._read_body()
+        else:
+            self._held = ""
+            if self._said and self._kind is Content:
+                self._tell("\n\n")
+
+    def _read_body(self) -> None:
+        held = self._held
+        ends = (END, CALL, RETURN)
+        if held.endswith(ends):
+            self._tell(held if self._raw else held[: held.rindex("<")])
+            self._kind, self._held = None, ""
+            return
+        tail = held[held.rfind("<") :] if "<" in held else ""
+        self._held = tail if any(end.startswith(tail) for end in ends) else ""
+        self._tell(held.removesuffix(self._held) if self._held else held)
+
+    def _tell(self, text: str) -> None:
+        if text:
+            kind = self._kind or Content
+            self._pieces.append(kind(text))
+            self._said |= kind is Content
+
+
+def detect(chat_template: str | None, prompt: str) -> Thinking | None:
+    """How the answer to a prompt thinks, by what the template mentions; None where it knows no
+    thinking, whose markers are content then."""
+    template = chat_template or ""
+    if CHANNEL in template and MESSAGE in template:
+        return Channels()
+    if CLOSE in template:
+        return ThinkTags(prompt.rstrip(BLANKS).endswith(OPEN))
+    return None
+
+
+class Count:
+    """How many tokens of an answer are thinking: those before its first character, if there is any
+    thinking."""
+
+    def __init__(self, thinking: Thinking | None) -> None:
+        self._splitter = thinking.splitter() if thinking else None
+        self._tokens, self._thinks, self._answered = 0, False, False
+
+    @property
+    def tokens(self) -> int:
+        """So far."""
+        return self._tokens if self._thinks else 0
+
+    def add(self, text: str) -> None:
+        """One more token, by its text."""
+        for piece in self._splitter.feed(text) if self._splitter else ():
+            self._thinks |= isinstance(piece, Reasoning)
+            self._answered |= isinstance(piece, Content)
+        self._tokens += not self._answered

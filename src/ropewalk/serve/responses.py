@@ -28,8 +28,8 @@ from ropewalk.serve.asked import (
 )
 from ropewalk.serve.chat import Conversation, begin, prepared
 from ropewalk.serve.completions import streaming, unknown, warned
+from ropewalk.serve.deltas import Arguments, Call, Content, Delta, Reasoning
 from ropewalk.serve.generation import Failed, Generation, Host, Step, attended
-from ropewalk.serve.reasoning import Arguments, Call, Content, Delta, Reasoning
 from ropewalk.serve.service import Token
 from ropewalk.serve.slots import MOST_RANKED
 from ropewalk.serve.text import chat_logprobs
@@ -45,7 +45,9 @@ _REFUSED = {
     "background": "a response is told while it is awaited: leave it out, or stream",
 }
 # Fields of a chat completion, by which its refusals speak, as they are called here.
-_NAMES = {"messages": "input", "response_format": "text.format"}
+_NAMES = {
+    "messages": "input", "response_format": "text.format", "reasoning_effort": "reasoning.effort",
+}  # fmt: skip
 _NEEDED = {
     "message": ("role", "content"), "reasoning": (),
     "function_call": ("call_id", "name", "arguments"), "function_call_output": ("output",),
@@ -135,6 +137,12 @@ class TextConfig(Asked):
     format: Format | None = None
 
 
+class Effort(Asked):
+    """How much is to be thought."""
+
+    effort: Word | None = None
+
+
 class Responses(Sampled):
     """Body of `/v1/responses`."""
 
@@ -147,6 +155,7 @@ class Responses(Sampled):
     tool_choice: Literal["none", "auto", "required"] | ToolChoice | None = None
     parallel_tool_calls: bool | None = None
     text: TextConfig | None = None
+    reasoning: Effort | None = None
     include: Annotated[list[Word], Field(max_length=16, fail_fast=True)] | None = None
     top_logprobs: int | None = Field(None, ge=0, le=MOST_RANKED)
     metadata: (
@@ -183,8 +192,10 @@ async def responses(host: Host, asked: Responses, request: Request) -> Response:
         new = _NAMES.get(old, old)
         raise BadRequest(str(wrong).replace(old, new, 1), new, wrong.code) from None
     room, note = host.room(conversation.prompt, asked.max_output_tokens, "max_output_tokens")
-    (old, new), held = ("response_format", "text.format"), conversation.notes
-    notes = [*([note] if note else []), *(one.replace(old, new) for one in held)]
+    notes = [note] if note else []
+    for one in conversation.notes:
+        name = one.partition(" ")[0]
+        notes.append(one.replace(name, _NAMES[name]))
     headers = warned([*notes, *unknown(asked.unknown)])
     whole = _Whole(host, asked, conversation, begin(host, chat, conversation, room))
     if asked.stream:
@@ -205,6 +216,7 @@ def _chat(asked: Responses) -> Chat:
         "tool_choice": {"type": "function", "function": named} if named else choice,
         "parallel_tool_calls": asked.parallel_tool_calls,
         "response_format": {"type": form.type, "json_schema": {"schema": form.schema_ or {}}},
+        "reasoning_effort": asked.reasoning and asked.reasoning.effort,
         "chat_template_kwargs": asked.chat_template_kwargs,
     }
     try:
@@ -324,7 +336,7 @@ class _Whole:
         self.items, self.parser = _Items(), conversation.parser()
         # Text is taken token by token, so that each is known as thought, answer or call.
         self.ends = asked.ends(host.tokenizer.eos_ids)
-        self.thought, self.answered = reasoning.Count(conversation.inside), False
+        self.thought, self.answered = reasoning.Count(conversation.thinking), False
         self.held: list[tuple[Token, str]] = []
 
     async def body(self) -> dict[str, Any]:

@@ -86,29 +86,29 @@ def _function(tool: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
 def grammar(
     form: Format,
     choice: Choice,
-    inside: bool | None = None,
-    tokens: Mapping[str, int] | None = None,
+    thinking: reasoning.Thinking | None,
+    tokens: Mapping[str, int],
 ) -> str:
     """A Lark grammar for llguidance: calls of the functions that `choice` allows, and nothing else
-    but what may be thought before them (`inside`: see `reasoning.Splitter`).
+    but what may be thought before them.
 
     `tokens`: the ids of the markers that are special tokens, which no text can stand for.
     llguidance warns of what it ignores in a schema (`LLMatcher.get_grammar_warnings`).
     """
 
     def spelt(*text: str) -> str:
-        return " ".join(reasoning.spelling(part, tokens or {}) for part in text)
+        return " ".join(reasoning.spelling(part, tokens) for part in text)
 
     begin, between, end = (spelt(*text) for text in form.texts)
-    more = f"({between} call)*" if choice.parallel else ""
+    more = f"({between} call)*" if choice.parallel and form.several else ""
     rules = [
-        f"start: {'' if inside is None else 'thinking'} {begin} call {more} {end}",
+        f"start: {'thinking' if thinking else ''} {begin} call {more} {end}",
         f"call: {' | '.join(f'call_{i}' for i in range(len(choice.functions)))}",
     ]
     for i, (name, schema) in enumerate(choice.functions.items()):
         before, after = (spelt(*text) for text in form.call(name))
         styled = json.dumps({**schema, "x-guidance": JSON_STYLE})
         rules.append(f"call_{i}: {before} %json {styled} {after}")
-    if inside is not None:
-        rules.append(reasoning.thinking(inside, tokens or {}))
+    if thinking:
+        rules.append(thinking.rule(tokens))
     return "\n".join(rules)

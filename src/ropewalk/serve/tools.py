@@ -11,8 +11,8 @@ import string
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Generator, Iterable
 
-from ropewalk.serve import reasoning
-from ropewalk.serve.reasoning import BLANKS, Arguments, Call, Content, Delta
+from ropewalk.serve.deltas import Arguments, Call, Content, Delta, merged
+from ropewalk.serve.reasoning import BLANKS, CALL, CHANNEL, CONSTRAIN, MESSAGE, START, Thinking
 
 ARGUMENTS = ("arguments", "parameters")
 # Any other key before the name shows at once that an object is no call.
@@ -203,6 +203,8 @@ class Format(ABC):
 
     markers: tuple[str, ...]
     texts: tuple[Text, Text, Text] = ((), (), ())
+    several = True
+    """whether one answer can have more than one call"""
 
     def begins(self, char: str, first: bool) -> bool:
         """Whether calls may begin with this character; `first`: nothing was answered yet."""
@@ -315,9 +317,49 @@ class NamedBrackets(Brackets):
         return (self.markers[0], name, self.markers[2]), ()
 
 
+class Recipients(Format):
+    """A message to `functions.name`, which the answer ends with: gpt-oss. What it thinks and says
+    before is `reasoning.Channels`' to read."""
+
+    markers = (CHANNEL, START, CONSTRAIN, MESSAGE, CALL)
+    several = False
+
+    def begins(self, char: str, first: bool) -> bool:
+        """See `Format.begins`."""
+        return super().begins(char, first) or (first and char == " ")
+
+    def read(self, reader: Reader) -> Steps[None]:
+        """See `Format.read`. The recipient stands before the channel or behind it."""
+        begin, to = f"{START}assistant", " to=functions."
+        first = yield from reader.word((CHANNEL, begin + CHANNEL, to, begin + to))
+        early = first.endswith(to)
+        name = (yield from reader.word(reader.names)) if early else ""
+        if early:
+            yield from reader.literal(CHANNEL)
+        yield from reader.word(("analysis", "commentary", "final"))
+        if not early:
+            yield from reader.literal(to)
+            name = yield from reader.word(reader.names)
+        yield from reader.blanks()
+        kind = yield from reader.word((MESSAGE, CONSTRAIN, "json"))
+        if kind == CONSTRAIN:
+            kind = yield from reader.word(("json",))
+        if kind == "json":
+            yield from reader.literal(MESSAGE)
+        yield from reader.blanks()
+        yield from reader.arguments(name)
+        reader.end()
+
+    def call(self, name: str) -> tuple[Text, Text]:
+        """See `Format.call`."""
+        return (CHANNEL, f"commentary to=functions.{name} ", CONSTRAIN, "json", MESSAGE), ()
+
+
 def detect(chat_template: str | None) -> Format | None:
     """The way to write calls that a chat template mentions; None where it is none of ours."""
     text = chat_template or ""
+    if CHANNEL in text and "functions." in text:
+        return Recipients()
     if "[TOOL_CALLS]" in text:
         return NamedBrackets() if "[ARGS]" in text else Brackets()
     if "<tool_call>" in text:  # which also stands around calls that are not JSON
@@ -330,21 +372,21 @@ def detect(chat_template: str | None) -> Format | None:
 class Parser:
     """The text of an answer to deltas; however it is cut, the deltas together are the same.
 
-    `form` is how calls are written, None where none is looked for; `inside` goes to
-    `reasoning.Splitter`. A call is one only where its name is among `names`: anything else is
-    content, to the letter. What may belong to a call is held back until its name and the brace of
-    its arguments are there. The blanks around calls are content only where text is on both sides.
-    With `single` nothing is read behind the first call.
+    `form` is how calls are written, None where none is looked for. A call is one only where its
+    name is among `names`: anything else is content, to the letter. What may belong to a call is
+    held back until its name and the brace of its arguments are there. The blanks around calls are
+    content only where text is on both sides. With `single` nothing is read behind the first call.
     """
 
     def __init__(
         self,
         form: Format | None,
         names: Collection[str] = (),
-        inside: bool | None = None,
+        thinking: Thinking | None = None,
         single: bool = False,
     ) -> None:
-        self._splitter = reasoning.Splitter(inside)
+        self._splitter = thinking.splitter() if thinking else None
+        single = single or not (form is None or form.several)
         self._reader = Reader(names, form.new_id if form else str, single)
         self._steps = self._answer(form) if form and names else None
         self._blanks: list[str] = []
@@ -360,12 +402,12 @@ class Parser:
 
     def feed(self, text: str) -> list[Delta]:
         """What is certain after some more text."""
-        self._read(self._splitter.feed(text))
+        self._read(self._splitter.feed(text) if self._splitter else [Content(text)][: len(text)])
         return self._taken()
 
     def finish(self) -> list[Delta]:
         """What was held back, after the last piece of text."""
-        self._read(self._splitter.finish())
+        self._read(self._splitter.finish() if self._splitter else [])
         self._reader.char = ""
         if self._steps is not None:
             next(self._steps, None)
@@ -383,7 +425,7 @@ class Parser:
 
     def _taken(self) -> list[Delta]:
         taken, self._reader.deltas = self._reader.deltas, []
-        return reasoning.merged(taken)
+        return merged(taken)
 
     def _answer(self, form: Format) -> Steps[None]:
         reader, calls = self._reader, 0
