@@ -227,7 +227,9 @@ def test_thinking_is_counted(client, server, monkeypatch):
 
 
 CHANNELED = (
-    TEMPLATE.replace("<|assistant|>", "{{ reasoning_effort }}<|start|>assistant")
+    TEMPLATE.replace("<|assistant|>", "{{ reasoning_effort }}<|start|>assistant").replace(
+        "{{ tool |", "{{ tool.function.description + '' }}{{ tool |"
+    )
     + "{# <|channel|>final<|message|> to=functions.name message.thinking #}"
 )
 

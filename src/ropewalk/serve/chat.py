@@ -99,6 +99,9 @@ async def prepared(host: Host, asked: Chat) -> Conversation:
             'tools out, or say tool_choice = "none"',
             "tools",
         )
+    if isinstance(form, tools.Recipients):
+        for tool in listed:  # gpt-oss's template fails without
+            tool["function"].setdefault("description", "")
     if choice.functions:
         extra["tools"] = listed
     notes: list[str] = []
