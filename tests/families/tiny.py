@@ -41,7 +41,7 @@ MORE = {
 CASES = [(name, variant) for name in models.families() for variant in ("plain", "options")]
 # `every`: as `plain`, all experts on every token, so that nothing jumps where a choice changes.
 EVERY = {"num_experts_per_tok": 8, "n_group": 1, "topk_group": 1}
-BATCH, LENGTH = 4, 24
+BATCH, LENGTH, PROMPT = 4, 24, 9
 Arrays = dict[str, jax.Array]
 
 
@@ -114,14 +114,45 @@ def forward(name: str, variant: str) -> Any:
     return call
 
 
+def has_experts(name: str) -> bool:
+    """Whether a family routes tokens to experts."""
+    return any("experts" in field for field in models.family(name).Config.model_fields)
+
+
+def smooth(name: str, otherwise: str = "options") -> str:
+    """The variant of a family in which no choice jumps: any, where nothing is chosen."""
+    return "every" if has_experts(name) else otherwise
+
+
+@functools.cache
+def _cached(name: str, variant: str) -> Any:
+    it = tiny(name, variant)
+    return jax.jit(lambda params, cache, *inputs: it.model(params)(*inputs, cache=cache)[:2])
+
+
+def cached(name: str, variant: str) -> tuple[Any, Any]:
+    """The compiled (params, cache, tokens, positions, segment_ids) -> logits and cache, for PROMPT
+    tokens and for one; and an empty cache of [BATCH, LENGTH]."""
+    return _cached(name, variant), tiny(name, variant).model().init_cache(
+        BATCH, LENGTH, jnp.float32
+    )
+
+
 @functools.cache
 def gradient(name: str, variant: str, run: str = "scan", remat: str = "none") -> Any:
     """Loss and gradients of `batch()`, with the stack run this way."""
-    return _gradient(name, variant, run, remat)(tiny(name, variant).params, batch())
+    return gradient_at(tiny(name, variant).params, name, variant, run, remat)
+
+
+def gradient_at(
+    params: Arrays, name: str, variant: str, run: str = "scan", remat: str = "none"
+) -> Any:
+    """The same at other parameters."""
+    return _gradient(name, variant, run, remat)(params, batch())
 
 
 @functools.cache
-def _gradient(name: str, variant: str, run: str = "scan", remat: str = "none") -> Any:
+def _gradient(name: str, variant: str, run: str, remat: str) -> Any:
     return jax.jit(jax.value_and_grad(tiny(name, variant).running(run, remat).loss))
 
 
@@ -145,7 +176,7 @@ def rounding(name: str, variant: str) -> float:
 @functools.cache
 def gradient_rounding(name: str, variant: str) -> dict[str, float]:
     """The same of the gradient of every parameter."""
-    _, moved = _gradient(name, variant)(nudged(tiny(name, variant).params), batch())
+    _, moved = gradient_at(nudged(tiny(name, variant).params), name, variant)
     _, grads = gradient(name, variant)
     return {path: float(jnp.abs(moved[path] - grad).max()) for path, grad in grads.items()}
 

@@ -15,8 +15,8 @@ from typing import Any
 
 from tests.serve.bad_inputs import CHAT, COMPLETIONS, Case
 
-# The promise is 1 s; two cores that others use too take now and then a little more.
-MOST_S = 2.0
+# Promised. What takes longer is asked once more: a machine that others use is held up at times.
+MOST_S = 1.0
 # A trace, an object or class of Python, a place in memory, an address of the network.
 TOLD = re.compile(
     r"Traceback|\.py\b|site-packages|<class|<[\w.]+ object|\bobject at\b|0x[0-9a-f]{5,}|\{'|"
@@ -98,7 +98,10 @@ def faults(address: str, cases: Iterable[Case], key: str = "") -> tuple[int, lis
     for case in cases:
         count += 1
         try:
-            wrong = fault(case, ask(address, case, key))
+            told = ask(address, case, key)
+            if told.seconds > MOST_S:
+                told = ask(address, case, key)
+            wrong = fault(case, told)
         except (OSError, http.client.HTTPException) as error:
             wrong = f"{type(error).__name__}: {error}"
         if wrong is not None:

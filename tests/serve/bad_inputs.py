@@ -75,7 +75,7 @@ TALK = [
 CONVERSATION = {
     **SAMPLED, "messages": TALK, "max_tokens": 1, "max_completion_tokens": 1, "logprobs": True,
     "top_logprobs": 1, "tools": [TOOL], "tool_choice": "none", "parallel_tool_calls": True,
-    "response_format": FORMAT, "chat_template_kwargs": {"x": 1},
+    "response_format": FORMAT, "reasoning_effort": "low", "chat_template_kwargs": {"x": 1},
 }  # fmt: skip
 NAMED = {"type": "function", "function": {"name": "f"}}
 ITEMS = [
@@ -88,7 +88,7 @@ RESPONSE = {
     "tools": [{"type": "function", **FUNCTION}], "tool_choice": "none",
     "parallel_tool_calls": True, "text": {"format": {**FORMAT["json_schema"], "type": "text"}},
     "include": ["message.output_text.logprobs"], "top_logprobs": 1, "metadata": {"a": "b"},
-    "truncation": "disabled", "chat_template_kwargs": {"x": 1},
+    "truncation": "disabled", "reasoning": {"effort": "low"}, "chat_template_kwargs": {"x": 1},
 }  # fmt: skip
 # Every field of every route, as it may be.
 WHOLE: dict[str, dict[str, Any]] = {

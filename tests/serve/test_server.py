@@ -14,10 +14,12 @@ import pytest
 
 from ropewalk.checkpoint.pretrained import load
 from ropewalk.layers.lm import with_parameters
-from ropewalk.serve import grammar
+from ropewalk.serve import embeddings, grammar
 from ropewalk.serve.asked import Message
 from ropewalk.serve.chat import message
 from ropewalk.text import chat as templates
+from tests.serve.asking import ask
+from tests.serve.bad_inputs import Case
 from tests.serve.tiny_server import LENGTH, TEMPLATE, tiny_model
 
 SAY = [{"role": "user", "content": "Say something."}]
@@ -531,6 +533,30 @@ def test_nothing_is_compiled_while_serving(client, server):
     assert engine.programs() == before
 
 
+def test_fields_that_change_nothing_are_named_wherever_they_are(client, address):
+    part = {"type": "text", "text": "a", "cache_control": {}, "odd": None}
+    talk = [{"role": "user", "content": [part]}, {"role": "user", "content": "b", "of": 1}]
+    more = {"tools": [{**TOOLS[0], "cache": 1}], "tool_choice": "none", "store": True}
+    asked = {"model": "tiny", "messages": talk, "max_tokens": 1, **more}
+    raw = client.with_raw_response
+    warning = raw.chat.completions.create(**asked).headers["warning"]
+    named = "messages.content.cache_control messages.of store tools.cache"
+    assert f'fields that change nothing: {named}"' in warning
+    for route, body in (("tokenize", {"prompt": "a"}), ("detokenize", {"tokens": [65]})):
+        told = ask(address, Case(f"/{route}", {**body, "odd": 1}))
+        assert told.headers["warning"] == '299 ropewalk "fields that change nothing: odd"'
+        assert "warning" not in ask(address, Case(f"/{route}", body)).headers
+
+
+def test_embeddings_that_are_no_numbers_are_an_error(client, monkeypatch):
+    async def broken(host, jobs):
+        return [np.array([np.nan, 1])] * len(jobs)
+
+    monkeypatch.setattr(embeddings, "_pooled", broken)
+    with pytest.raises(openai.InternalServerError, match="are no numbers"):
+        client.embeddings.create(model="tiny", input="a")
+
+
 def test_small_routes(client, server, address):
     assert [m.id for m in client.models.list()] == ["tiny"]
     assert client.models.retrieve("tiny").id == "tiny"
@@ -541,7 +567,10 @@ def test_small_routes(client, server, address):
     text = client.post("/../detokenize", body={"tokens": ids}, cast_to=dict)["prompt"]
     assert text == "abc"
     metrics = client.get("/../metrics", cast_to=str)
-    for name in ("num_requests_running", "generation_tokens_total", "time_to_first_token_seconds"):
+    for name in (
+        "num_requests_running", "generation_tokens_total", "time_to_first_token_seconds",
+        "iteration_tokens_total_bucket", "request_params_max_tokens_bucket",
+    ):  # fmt: skip
         assert f"ropewalk:{name}" in metrics and f"vllm:{name}" in metrics
     assert client.get("/../health", cast_to=dict) == {"status": "ok"}
     assert client.get("/../ready", cast_to=dict) == {"status": "ready"}

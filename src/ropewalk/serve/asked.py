@@ -69,8 +69,14 @@ class Asked(pydantic.BaseModel):
 
     @property
     def unknown(self) -> list[str]:
-        """Names of fields that change nothing."""
-        return sorted(self.model_extra or {})
+        """Names of fields that change nothing, here and in what fields hold."""
+        found = {name for name, value in (self.model_extra or {}).items() if value is not None}
+        for name in type(self).model_fields:
+            value = getattr(self, name)
+            for one in value if isinstance(value, list) else (value,):
+                if isinstance(one, Asked):
+                    found.update(f"{name}.{inner}" for inner in one.unknown)
+        return sorted(found)
 
 
 class StreamOptions(Asked):

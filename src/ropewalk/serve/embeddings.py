@@ -29,6 +29,8 @@ async def embeddings(host: Host, asked: Embeddings, request: Request) -> Respons
         for i, prompt in enumerate(prompts)
     ]
     rows = np.stack(await attended(request, _pooled(host, jobs))).astype(np.float32)
+    if not np.isfinite(rows).all():
+        raise Failed("hidden states are no numbers: are the weights?")
     if asked.dimensions is not None:
         if asked.dimensions > rows.shape[1]:
             raise BadRequest(

@@ -84,6 +84,9 @@ def build(options: Options, keys: tuple[str, ...] = ()) -> Server:
     tokenizer = lm.require_tokenizer()
     name = options.name or _name(options.model)
     engine = _engine(lm, options, placement)
+    # Its process takes a second to start: beside the compiler, not beside the first request.
+    ends = any(token < engine.vocab for token in tokenizer.eos_ids)
+    grammars = Grammars(tokenizer, engine.vocab) if ends else None
     started = time.monotonic()
     for done, total in engine.warm():
         _progress(f"compiling programs: {done} of {total}, {time.monotonic() - started:.0f} s")
@@ -91,8 +94,6 @@ def build(options: Options, keys: tuple[str, ...] = ()) -> Server:
     release_compiler_memory()
     metrics = Metrics(name)
     service = Service(engine, options.queue, metrics, options.trace)
-    ends = any(token < engine.vocab for token in tokenizer.eos_ids)
-    grammars = Grammars(tokenizer, engine.vocab) if ends else None
     host = Host(name, tokenizer, service, grammars, metrics, int(time.time()))
     return Server(host, keys, options.drain)
 

@@ -43,6 +43,8 @@ class Metrics:
         )  # fmt: skip
         self.prompt_size = self._histogram("request_prompt_tokens", "of a prompt", _TOKENS)
         self.written_size = self._histogram("request_generation_tokens", "of an answer", _TOKENS)
+        self.asked_size = self._histogram("request_params_max_tokens", "asked at most", _TOKENS)
+        self.step_size = self._histogram("iteration_tokens_total", "read or written", _TOKENS)
         self.first = self._histogram("time_to_first_token_seconds", "from arrival", _SECONDS)
         self.between = self._histogram("inter_token_latency_seconds", "between tokens", _STEPS)
         self.whole = self._histogram("e2e_request_latency_seconds", "of a request", _SECONDS)
@@ -69,6 +71,8 @@ class Metrics:
         if plan.chunks or plan.rows:
             self.steps.inc()
             self.rows.inc(len(plan.rows))
+            read = sum(chunk.end - chunk.start for chunk in plan.chunks)
+            self.step_size.observe(read + len(plan.rows))
             self.host.inc(seconds)
 
     def wrote(self, job: Any, tokens: int, now: float) -> None:
@@ -88,6 +92,7 @@ class Metrics:
         self.success.labels(self._model, reason).inc()
         self.prompt_size.observe(len(job.prompt))
         self.written_size.observe(len(job.sequence.written))
+        self.asked_size.observe(job.settings.limit)
         self.whole.observe(now - job.arrived)
         if job.began:
             self.queue.observe(job.began - job.arrived)

@@ -22,7 +22,7 @@ from ropewalk.serve.asked import (
     refusal,
 )
 from ropewalk.serve.chat import chat_completions, message, read
-from ropewalk.serve.completions import completions
+from ropewalk.serve.completions import completions, unknown, warned
 from ropewalk.serve.door import FAILED, Door, error
 from ropewalk.serve.embeddings import embeddings
 from ropewalk.serve.generation import Failed, Gone, Host
@@ -175,18 +175,20 @@ def _routes(app: FastAPI, host: Host) -> None:
         return await embeddings(host, asked, request)
 
     @app.post("/tokenize")
-    async def tokenize(asked: Tokenize) -> dict[str, Any]:
+    async def tokenize(asked: Tokenize, response: Response) -> dict[str, Any]:
         host.check_model(asked.model)
         if asked.prompt is not None:
             ids = await host.encode(host.fits(asked.prompt, "prompt"), "prompt")
         else:
             messages = [message(one, host.tokenizer.chat_template) for one in asked.messages or ()]
             _, ids = await read(host, messages, asked.add_generation_prompt, {})
+        response.headers.update(warned(unknown(asked.unknown)))
         return {"count": len(ids), "max_model_len": host.length, "tokens": ids}
 
     @app.post("/detokenize")
-    async def detokenize(asked: Detokenize) -> dict[str, Any]:
+    async def detokenize(asked: Detokenize, response: Response) -> dict[str, Any]:
         host.check_model(asked.model)
+        response.headers.update(warned(unknown(asked.unknown)))
         return {"prompt": await run_in_threadpool(host.tokenizer.decode, asked.tokens)}
 
 
