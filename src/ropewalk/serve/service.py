@@ -111,7 +111,8 @@ class Service:
         )  # fmt: skip
         self.scheduler = Scheduler(self.limits)
         self.open, self._until = 0, 0.0
-        self._state: Any = engine.init_decode_state()
+        # The first request does not wait for it.
+        self._state: Any = jax.block_until_ready(engine.init_decode_state())
         self._inbox: queue.SimpleQueue[tuple[str, Any]] = queue.SimpleQueue()
         self._outbox: list[tuple[Job, Event]] = []
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
