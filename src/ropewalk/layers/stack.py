@@ -37,12 +37,14 @@ class Stack(nnx.Module):
         """
         remaining = None if caches is None else list(caches)
         new_caches: list[Any] = []
+        # Equal layers are traced once in a program; XLA sees through the calls.
+        call = jax.jit(wrap(_call, self.remat, in_scan=False))
         reports: list[list[dict[str, jax.Array]]] = []
         for segment in self.segments:
             if self.run == "scan" and remaining is None and repeats(segment) > 1:
                 x, report = self._scan(segment, x, ctx)
             else:
-                x, written, report = self._unroll(segment, x, ctx, remaining)
+                x, written, report = self._unroll(call, segment, x, ctx, remaining)
                 new_caches += written
             reports.append(report)
         return x, (None if caches is None else new_caches), _gather(reports)
@@ -86,11 +88,7 @@ class Stack(nnx.Module):
         x, reports = jax.lax.scan(lambda x, blocks: body(x, blocks, ctx), x, list(segment))
         return x, reports
 
-    def _unroll(self, segment, x, ctx, caches):
-        def call(x, block, ctx, cache):
-            return block(shard(x, "batch", "time", "hidden"), ctx, cache)
-
-        call = wrap(call, self.remat, in_scan=False)
+    def _unroll(self, call, segment, x, ctx, caches):
         written, reports = [], [[] for _ in segment]
         for i in range(repeats(segment)):
             for place, block in enumerate(segment):
@@ -106,6 +104,10 @@ class Stack(nnx.Module):
                 for place in range(len(segment))
             ],
         )
+
+
+def _call(x: jax.Array, block: Any, ctx: Any, cache: Any) -> Any:
+    return block(shard(x, "batch", "time", "hidden"), ctx, cache)
 
 
 def pattern[K](kinds: Sequence[K], make: Callable[[K, nnx.Rngs], nnx.Module]) -> list[Any]:
