@@ -35,26 +35,28 @@ _SERVER = re.compile(r"tests/serve/test_(server|service|states|responses|bad_inp
 # Modules stay; what jax makes is looked through for garbage less often, a twentieth of all time.
 gc.freeze()
 gc.set_threshold(100_000, 20, 20)
-_compiled: list[str] = []
+_compiled = 0
 
 
 @jax.monitoring.register_event_duration_secs_listener
 def _count(event: str, duration_secs: float, **kwargs: str | int) -> None:
-    if event.endswith("backend_compile_duration"):
-        _compiled.append(event)
+    global _compiled
+    _compiled += event.endswith("backend_compile_duration")
 
 
 @pytest.fixture(autouse=True)
 def few_memory_maps():
     """Lets go of compiled programs before there are too many."""
+    global _compiled
     yield
     # Counting takes up to 40 ms.
-    if len(_compiled) >= _PROGRAMS and os.path.exists("/proc/self/maps"):
-        _compiled.clear()
+    if _compiled >= _PROGRAMS and os.path.exists("/proc/self/maps"):
+        _compiled = 0
         with open("/proc/self/maps", "rb") as maps:
             count = sum(1 for _ in maps)
         if count > _MAPS:
             jax.clear_caches()
+            gc.collect()
 
 
 class Together(LoadScopeScheduling):

@@ -51,8 +51,10 @@ from tests.families.tiny import (
     tokens,
 )
 
+# A head of its own, which `options` ties, is any family's: one has it here.
 GRADIENTS = [
-    (name, v) for name in models.families() for v in dict.fromkeys(("options", smooth(name)))
+    *((name, v) for name in models.families() for v in dict.fromkeys(("options", smooth(name)))),
+    (next(name for name in models.families() if not has_experts(name)), "plain"),
 ]
 case = pytest.mark.parametrize(("name", "variant"), CASES)
 family = pytest.mark.parametrize("name", models.families())
@@ -197,8 +199,9 @@ def test_remat_changes_no_gradient(name, way):
     _same_gradient(name, gradient(name, "options", *way))
 
 
-# Between them these cut every dimension that any table cuts. Families of experts take turns;
-# without experts, fsdp_expert cuts nothing that fsdp_tensor does not.
+# Between them these cut every dimension that any table cuts. Families of experts take turns
+# (tests/layers/test_dispatch.py has their experts under both); without experts, fsdp_expert cuts
+# nothing that fsdp_tensor does not.
 GRADIENT_RULES = ("fsdp_tensor", "fsdp_expert")
 _rules = itertools.cycle(GRADIENT_RULES)
 CUTS = [

@@ -1,5 +1,6 @@
 """Sends the cases of `bad_inputs`, and finds fault with what comes back."""
 
+import dataclasses
 import http.client
 import json
 import re
@@ -15,7 +16,7 @@ from typing import Any
 
 from tests.serve.bad_inputs import CHAT, COMPLETIONS, Case
 
-# Promised. What takes longer is asked once more: a machine that others use is held up at times.
+# Promised. What takes longer is timed once more: a machine that others use is held up at times.
 MOST_S = 1.0
 # A trace, an object or class of Python, a place in memory, an address of the network.
 TOLD = re.compile(
@@ -100,7 +101,7 @@ def faults(address: str, cases: Iterable[Case], key: str = "") -> tuple[int, lis
         try:
             told = ask(address, case, key)
             if told.seconds > MOST_S:
-                told = ask(address, case, key)
+                told = dataclasses.replace(told, seconds=ask(address, case, key).seconds)
             wrong = fault(case, told)
         except (OSError, http.client.HTTPException) as error:
             wrong = f"{type(error).__name__}: {error}"

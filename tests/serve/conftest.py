@@ -1,5 +1,6 @@
 """One server of a tiny model for all tests that ask it; small blocks for those of the engine."""
 
+import dataclasses
 from collections.abc import Iterator
 
 import openai
@@ -7,7 +8,7 @@ import pytest
 
 from ropewalk.layers import cache
 from ropewalk.serve.openai import Server
-from tests.serve.tiny_server import serving, tiny
+from tests.serve.tiny_server import CHANNELED, serving, tiny
 
 
 @pytest.fixture(scope="session")
@@ -33,3 +34,11 @@ def small_blocks() -> Iterator[None]:
     before, cache._TOGETHER = cache._TOGETHER, 8
     yield
     cache._TOGETHER = before
+
+
+@pytest.fixture
+def channeled(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A template that knows channels."""
+    tokenizer = server.host.tokenizer
+    roles = dataclasses.replace(tokenizer.roles, chat_template=CHANNELED)
+    monkeypatch.setattr(tokenizer, "roles", roles)

@@ -57,8 +57,14 @@ TOOL = "<|channel|>commentary to=python code<|message|>1"
         ("<|chan", "", "<|chan"),
         ("hi <|channel|>final", "", "hi <|channel|>final"),
         (TOOL, "", TOOL),
-        (f"{TOOL}<|call|><|start|>assistant{SAID}", "", f"{TOOL}<|call|>\n\nhi"),
+        (f"{TOOL}<|call|><|start|>assistant{SAID}", "", f"{TOOL}<|call|>hi"),
         ("<|channel|>secret<|message|>a", "", "<|channel|>secret<|message|>a"),
+        ("<|channel|>final <|constrain|>json<|message|>{}", "", "{}"),
+        ("<|channel|>final json<|message|>{}", "", "{}"),
+        ("<|channel|>commentary?<|end|><|start|>assistant<|channel|>analysis<|message|>a<|end|>"
+         f"<|start|>assistant{SAID}", "a", "hi"),
+        ("<|channel|>commentary to=functions.get <|constrain|>json<|message|>", "", ""),
+        (" to=functions.get<|channel|>comm", "", ""),
         (f"<|channel|>{'a' * 300}{SAID}", "", f"<|channel|>{'a' * 300}{SAID}"),
     ],
 )  # fmt: skip

@@ -242,6 +242,20 @@ def test_text_keeps_to_a_schema(client):
     assert told.status == "completed"
 
 
+def test_messages_in_channels_are_items(client, writes, channeled):
+    said = (("commentary", "So:"), ("analysis", "Hm"), ("final", "hi"))
+    told = [f"<|channel|>{channel}<|message|>{text}" for channel, text in said]
+    writes("<|end|><|start|>assistant".join(told))
+    raw = created(client, input="?", text=JSON, max_output_tokens=200, reasoning={"effort": "low"})
+    items = [(item["type"], item["content"][0]["text"]) for item in raw["output"]]
+    assert items == [("message", "So:\n\n"), ("reasoning", "Hm"), ("message", "hi")]
+    assert raw["reasoning"] == {"effort": "low", "summary": None}
+    spent = len("".join(told)) + 2 * len("<|end|><|start|>assistant")
+    not_thought = len("So:<|end|><|start|>assistant<|channel|>analysis<|message|>hi")
+    details = raw["usage"]["output_tokens_details"]
+    assert details["reasoning_tokens"] == spent - not_thought
+
+
 def test_tokens_are_counted_by_what_they_are(client, writes):
     thought, answer = "<think>\nHm\n</think>\n\n", "Yes"
     writes(thought + answer)

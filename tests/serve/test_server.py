@@ -2,7 +2,6 @@
 
 import asyncio
 import base64
-import dataclasses
 import json
 import re
 import time
@@ -20,7 +19,7 @@ from ropewalk.serve.chat import message
 from ropewalk.text import chat as templates
 from tests.serve.asking import ask
 from tests.serve.bad_inputs import Case
-from tests.serve.tiny_server import LENGTH, TEMPLATE, tiny_model
+from tests.serve.tiny_server import CHANNELED, LENGTH, TEMPLATE, tiny_model
 
 SAY = [{"role": "user", "content": "Say something."}]
 # Of `<tool_call>` and `<think>`, which a model may begin with, the second has an h.
@@ -228,22 +227,6 @@ def test_thinking_is_counted(client, server, monkeypatch):
     assert usage.completion_tokens_details.reasoning_tokens == 0
 
 
-CHANNELED = (
-    TEMPLATE.replace("<|assistant|>", "{{ reasoning_effort }}<|start|>assistant").replace(
-        "{{ tool |", "{{ tool.function.description + '' }}{{ tool |"
-    )
-    + "{# <|channel|>final<|message|> to=functions.name message.thinking #}"
-)
-
-
-@pytest.fixture
-def channeled(server, monkeypatch):
-    """A template that knows channels."""
-    tokenizer = server.host.tokenizer
-    roles = dataclasses.replace(tokenizer.roles, chat_template=CHANNELED)
-    monkeypatch.setattr(tokenizer, "roles", roles)
-
-
 @pytest.mark.parametrize("stream", [False, True])
 def test_channels_are_thought_and_answer(client, server, monkeypatch, channeled, stream):
     analysis = "<|channel|>analysis<|message|>Hm<|end|><|start|>assistant"
@@ -272,6 +255,19 @@ def test_channels_hold_calls_and_formats(client, channeled):
     form = {"type": "regex", "regex": r"(cat|dog){2}!"}
     told = client.chat.completions.create(**asked, response_format=form, logit_bias=soon)
     assert re.fullmatch(r"(cat|dog){2}!", told.choices[0].message.content)
+
+
+def test_all_instructions_are_read_where_a_template_takes_one(client, channeled):
+    def read(*talk):
+        asked = {"model": "tiny", "messages": talk, "max_tokens": 1, "temperature": 0}
+        return client.chat.completions.create(**asked).usage.prompt_tokens
+
+    told = (
+        {"role": "system", "content": "Be brief"},
+        {"role": "developer", "content": "In French"},
+    )
+    joined = {"role": "system", "content": "Be brief\n\nIn French"}
+    assert read(told[0], *SAY, told[1]) == read(joined, *SAY) > read(told[0], *SAY)
 
 
 def test_thought_goes_back_by_the_name_that_a_template_has():
@@ -540,7 +536,7 @@ def test_fields_that_change_nothing_are_named_wherever_they_are(client, address)
     asked = {"model": "tiny", "messages": talk, "max_tokens": 1, **more}
     raw = client.with_raw_response
     warning = raw.chat.completions.create(**asked).headers["warning"]
-    named = "messages.content.cache_control messages.of store tools.cache"
+    named = "store messages.of tools.cache messages.content.cache_control"
     assert f'fields that change nothing: {named}"' in warning
     for route, body in (("tokenize", {"prompt": "a"}), ("detokenize", {"tokens": [65]})):
         told = ask(address, Case(f"/{route}", {**body, "odd": 1}))

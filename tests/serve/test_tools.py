@@ -86,6 +86,8 @@ ARGUMENTS = '{"a": "}\\"<"}'
          None, [("get", '{"a": 1}')]),
         (TO, ' to=functions.get<|channel|>commentary json<|message|>{"a": 1}', None,
          [("get", '{"a": 1}')]),
+        (TO, '<|channel|>commentary to=functions.get code<|message|>{"a": 1}', None,
+         [("get", '{"a": 1}')]),
         (TO, "So.<|start|>assistant<|channel|>analysis to=functions.ns.f-1<|message|>{}", "So.",
          [("ns.f-1", "{}")]),
         (TO, '<|start|>assistant to=functions.get<|channel|>commentary<|message|>\n{"a": [1}',
@@ -176,6 +178,7 @@ def test_what_is_written_is_read_however_it_is_cut(
         before += f"{CHANNEL}commentary<|message|>{said}{NEXT}" if said else ""
     deltas = parse(form, cut(before + written(form, calls), places), thinking=thinking)
     expected: list[Delta] = [Reasoning("Well </thin")] if thought else []
+    said += "\n\n" if form is TO and said and not calls else ""
     expected += [Content(said)] if said else []
     for i, (name, arguments) in enumerate(calls):
         expected += [Call(i, "", name), Arguments(i, json.dumps(arguments))]

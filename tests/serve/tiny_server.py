@@ -36,6 +36,13 @@ TEMPLATE = """{%- if tools %}<|system|>You may call: <tool_call>{"name": ..., "a
 {% endfor %}
 {% endfor -%}
 {% if add_generation_prompt %}<|assistant|>{% endif %}{# </think> #}"""
+# gpt-oss's, in short: channels, and tools that have a description.
+CHANNELED = (
+    TEMPLATE.replace("<|assistant|>", "{{ reasoning_effort }}<|start|>assistant").replace(
+        "{{ tool |", "{{ tool.function.description + '' }}{{ tool |"
+    )
+    + "{# <|channel|>final<|message|> to=functions.name message.thinking #}"
+)
 CONFIG: dict[str, Any] = {
     "vocab_size": 264, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
     "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8,

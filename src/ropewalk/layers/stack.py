@@ -37,8 +37,12 @@ class Stack(nnx.Module):
         """
         remaining = None if caches is None else list(caches)
         new_caches: list[Any] = []
-        # Equal layers are traced once in a program; XLA sees through the calls.
-        call = jax.jit(wrap(_call, self.remat, in_scan=False))
+
+        def call(x: jax.Array, block: Any, ctx: Any, cache: Any) -> Any:
+            return block(shard(x, "batch", "time", "hidden"), ctx, cache)
+
+        # Equal layers are traced once, and once for every program: each may be under other rules.
+        call = jax.jit(wrap(call, self.remat, in_scan=False))
         reports: list[list[dict[str, jax.Array]]] = []
         for segment in self.segments:
             if self.run == "scan" and remaining is None and repeats(segment) > 1:
@@ -104,10 +108,6 @@ class Stack(nnx.Module):
                 for place in range(len(segment))
             ],
         )
-
-
-def _call(x: jax.Array, block: Any, ctx: Any, cache: Any) -> Any:
-    return block(shard(x, "batch", "time", "hidden"), ctx, cache)
 
 
 def pattern[K](kinds: Sequence[K], make: Callable[[K, nnx.Rngs], nnx.Module]) -> list[Any]:

@@ -76,7 +76,7 @@ class Asked(pydantic.BaseModel):
             for one in value if isinstance(value, list) else (value,):
                 if isinstance(one, Asked):
                     found.update(f"{name}.{inner}" for inner in one.unknown)
-        return sorted(found)
+        return sorted(found, key=lambda name: (name.count("."), name))
 
 
 class StreamOptions(Asked):

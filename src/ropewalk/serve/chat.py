@@ -99,9 +99,8 @@ async def prepared(host: Host, asked: Chat) -> Conversation:
             'tools out, or say tool_choice = "none"',
             "tools",
         )
-    if isinstance(form, tools.Recipients):
-        for tool in listed:  # gpt-oss's template fails without
-            tool["function"].setdefault("description", "")
+    for tool in listed if form and form.described else ():
+        tool["function"].setdefault("description", "")
     if choice.functions:
         extra["tools"] = listed
     notes: list[str] = []
@@ -110,6 +109,8 @@ async def prepared(host: Host, asked: Chat) -> Conversation:
     elif asked.reasoning_effort:
         notes.append("reasoning_effort changes nothing, as the model's chat template has none")
     messages = [message(one, template) for one in asked.messages]
+    if reasoning.CHANNEL in (template or ""):
+        messages = _instructed(messages)
     text, ids = await read(host, messages, True, extra)
     ids = host.checked(ids, "messages")
     thinking = reasoning.detect(template, text)
@@ -175,6 +176,14 @@ def message(one: Message, template: str | None) -> dict[str, Any]:
     for call in told.get("tool_calls", ()):
         call["function"]["arguments"] = _arguments(call["function"]["arguments"])
     return told
+
+
+def _instructed(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """All instructions as one message at the beginning: gpt-oss's template drops all others."""
+    told = [one for one in messages if one["role"] in ("system", "developer")]
+    rest = [one for one in messages if one["role"] not in ("system", "developer")]
+    joined = "\n\n".join(one["content"] for one in told)
+    return [{**told[0], "content": joined}, *rest] if told else rest
 
 
 def _arguments(text: str) -> Any:

@@ -1,7 +1,7 @@
 """What a model thinks split from what it answers, as the text comes.
 
-A `Thinking` is one way to mark thoughts: `Tags` as most models, `Channels` as gpt-oss. Knows no
-tokenizer: markers are text here, and a server spells them out where they are special tokens.
+A `Thinking` is one way to mark thoughts: `ThinkTags` as most models, `Channels` as gpt-oss. Knows
+no tokenizer: markers are text here, and a server spells them out where they are special tokens.
 """
 
 import json
@@ -14,7 +14,8 @@ from ropewalk.serve.deltas import Content, Delta, Reasoning, merged
 
 OPEN, CLOSE = "<think>", "</think>"
 START, CHANNEL, MESSAGE, CONSTRAIN = "<|start|>", "<|channel|>", "<|message|>", "<|constrain|>"
-END, CALL, RETURN = "<|end|>", "<|call|>", "<|return|>"
+END, CALL, RETURN = _ENDS = "<|end|>", "<|call|>", "<|return|>"
+_TO = " to="
 BLANKS = " \t\r\n"
 
 
@@ -111,6 +112,12 @@ class _TagSplitter(Splitter):
         self._blanks: list[str] = []
         self._after_tag = inside
 
+    def feed(self, text: str) -> list[Delta]:
+        """See `Splitter.feed`."""
+        if not self._expected and not self._after_tag:
+            return [Content(text)] if text else []
+        return super().feed(text)
+
     def _step(self, char: str) -> None:
         if not self._expected and not self._after_tag:
             self._add(char)
@@ -172,19 +179,27 @@ class Channels(Thinking):
 
 class _ChannelSplitter(Splitter):
     """A message without a recipient is told without its header and end, any other, as to a tool, to
-    the letter. What is said after something else was begins behind an empty line."""
+    the letter. After what is said and not the end there is an empty line. A header without a
+    message is nothing."""
 
     _HEADER = re.compile(
         rf"({re.escape(START)}assistant)?{re.escape(CHANNEL)}(?P<channel>analysis|commentary|final)"
-        rf"\s*{re.escape(MESSAGE)}"
+        rf"(\s*{re.escape(CONSTRAIN)}[\w-]*|\s+[\w-]+)?\s*{re.escape(MESSAGE)}"
     )
     _HEADER_CHARS = 256
 
     def __init__(self) -> None:
         super().__init__()
         self._kind: type[Content | Reasoning] | None = None  # None within a header
-        self._raw = self._said = False
+        self._raw = False
         self._held = ""
+
+    def feed(self, text: str) -> list[Delta]:
+        """See `Splitter.feed`."""
+        if self._kind is not None and not self._held and "<" not in text:
+            self._tell(text)
+            return self._taken()
+        return super().feed(text)
 
     def _step(self, char: str) -> None:
         self._held += char
@@ -194,40 +209,38 @@ class _ChannelSplitter(Splitter):
             self._read_body()
 
     def _end(self) -> None:
-        if self._kind is not None or not self._held.startswith((START, CHANNEL)):
+        begun = self._held.startswith((START, CHANNEL, _TO))
+        if not begun or (self._kind is not None and not self._held.endswith(MESSAGE)):
             self._tell(self._held)
 
     def _read_header(self) -> None:
         held = self._held
-        begins = any(m.startswith(held) or held.startswith(m) for m in (START, CHANNEL, " to="))
-        if begins and not held.endswith(MESSAGE) and len(held) < self._HEADER_CHARS:
-            return
-        known = self._HEADER.fullmatch(held)
-        self._raw = known is None
-        self._kind = Reasoning if known and known["channel"] == "analysis" else Content
-        if known is None:
-            self._read_body()
-        else:
+        begins = any(m.startswith(held) or held.startswith(m) for m in (START, CHANNEL, _TO))
+        if begins and held.endswith(_ENDS):
             self._held = ""
-            if self._said and self._kind is Content:
-                self._tell("\n\n")
+        elif not begins or held.endswith(MESSAGE) or len(held) >= self._HEADER_CHARS:
+            known = self._HEADER.fullmatch(held)
+            self._raw = known is None
+            self._kind = Reasoning if known and known["channel"] == "analysis" else Content
+            if known:
+                self._held = ""
+            elif not held.endswith(MESSAGE):  # behind which its body is awaited
+                self._read_body()
 
     def _read_body(self) -> None:
         held = self._held
-        ends = (END, CALL, RETURN)
-        if held.endswith(ends):
-            self._tell(held if self._raw else held[: held.rindex("<")])
+        if held.endswith(_ENDS):
+            goes_on = self._kind is Content and held.endswith(END)
+            self._tell(held if self._raw else held[: held.rindex("<")] + "\n\n" * goes_on)
             self._kind, self._held = None, ""
             return
         tail = held[held.rfind("<") :] if "<" in held else ""
-        self._held = tail if any(end.startswith(tail) for end in ends) else ""
-        self._tell(held.removesuffix(self._held) if self._held else held)
+        self._held = tail if any(end.startswith(tail) for end in _ENDS) else ""
+        self._tell(held.removesuffix(self._held))
 
     def _tell(self, text: str) -> None:
         if text:
-            kind = self._kind or Content
-            self._pieces.append(kind(text))
-            self._said |= kind is Content
+            self._pieces.append((self._kind or Content)(text))
 
 
 def detect(chat_template: str | None, prompt: str) -> Thinking | None:
@@ -242,12 +255,12 @@ def detect(chat_template: str | None, prompt: str) -> Thinking | None:
 
 
 class Count:
-    """How many tokens of an answer are thinking: those before its first character, if there is any
-    thinking."""
+    """How many tokens of an answer are thinking: all but those whose text is answer, and the tags
+    and headers behind which there is some, if there is any thinking."""
 
     def __init__(self, thinking: Thinking | None) -> None:
         self._splitter = thinking.splitter() if thinking else None
-        self._tokens, self._thinks, self._answered = 0, False, False
+        self._tokens, self._thinks, self._answers = 0, False, False
 
     @property
     def tokens(self) -> int:
@@ -257,6 +270,6 @@ class Count:
     def add(self, text: str) -> None:
         """One more token, by its text."""
         for piece in self._splitter.feed(text) if self._splitter else ():
-            self._thinks |= isinstance(piece, Reasoning)
-            self._answered |= isinstance(piece, Content)
-        self._tokens += not self._answered
+            self._answers = isinstance(piece, Content)
+            self._thinks |= not self._answers
+        self._tokens += not self._answers

@@ -62,6 +62,9 @@ _PREFIXES = {"message": "msg", "reasoning": "rs", "function_call": "fc"}
 class Piece(Said[Literal["input_text", "output_text", "reasoning_text", "refusal"]]):
     """A piece of a text; nothing but text can be read."""
 
+    annotations: Any = None  # which we write, and nobody reads
+    logprobs: Any = None
+
 
 Name = Annotated[str, Field(max_length=64)]
 Pieces = Text | Annotated[list[Piece], Field(max_length=256, fail_fast=True)]
@@ -77,6 +80,9 @@ class Item(Asked):
     name: Name | None = None
     arguments: Text | None = None
     output: Pieces | None = None
+    id: Any = None  # which we write, and nobody reads
+    status: Any = None
+    summary: Any = None
 
     @pydantic.model_validator(mode="after")
     def _whole(self) -> "Item":
@@ -423,6 +429,7 @@ class _Whole:
             "output": list(self.items.done),
             "parallel_tool_calls": asked.parallel_tool_calls is not False,
             "previous_response_id": None, "store": False,
+            "reasoning": {"effort": asked.reasoning and asked.reasoning.effort, "summary": None},
             "temperature": 1.0 if asked.temperature is None else asked.temperature,
             "text": {"format": form.model_dump(include=shown, by_alias=True)},
             "tool_choice": named or choice or "auto",

@@ -205,6 +205,8 @@ class Format(ABC):
     texts: tuple[Text, Text, Text] = ((), (), ())
     several = True
     """whether one answer can have more than one call"""
+    described = False
+    """whether templates fail where a tool has no description"""
 
     def begins(self, char: str, first: bool) -> bool:
         """Whether calls may begin with this character; `first`: nothing was answered yet."""
@@ -323,13 +325,15 @@ class Recipients(Format):
 
     markers = (CHANNEL, START, CONSTRAIN, MESSAGE, CALL)
     several = False
+    described = True
 
     def begins(self, char: str, first: bool) -> bool:
         """See `Format.begins`."""
         return super().begins(char, first) or (first and char == " ")
 
     def read(self, reader: Reader) -> Steps[None]:
-        """See `Format.read`. The recipient stands before the channel or behind it."""
+        """See `Format.read`. The recipient stands before the channel or behind it, and the type of
+        the arguments, JSON by whatever name, may follow."""
         begin, to = f"{START}assistant", " to=functions."
         first = yield from reader.word((CHANNEL, begin + CHANNEL, to, begin + to))
         early = first.endswith(to)
@@ -341,10 +345,10 @@ class Recipients(Format):
             yield from reader.literal(to)
             name = yield from reader.word(reader.names)
         yield from reader.blanks()
-        kind = yield from reader.word((MESSAGE, CONSTRAIN, "json"))
-        if kind == CONSTRAIN:
-            kind = yield from reader.word(("json",))
-        if kind == "json":
+        typed = reader.char != "<" or (yield from reader.word((MESSAGE, CONSTRAIN))) == CONSTRAIN
+        while typed and (reader.char.isalnum() or reader.char in ("-", "_")):
+            yield from reader.take()
+        if typed:
             yield from reader.literal(MESSAGE)
         yield from reader.blanks()
         yield from reader.arguments(name)
@@ -402,7 +406,7 @@ class Parser:
 
     def feed(self, text: str) -> list[Delta]:
         """What is certain after some more text."""
-        self._read(self._splitter.feed(text) if self._splitter else [Content(text)][: len(text)])
+        self._read(self._splitter.feed(text) if self._splitter else [Content(text)] if text else [])
         return self._taken()
 
     def finish(self) -> list[Delta]:
@@ -417,6 +421,8 @@ class Parser:
 
     def _read(self, pieces: Iterable[Delta]) -> None:
         for piece in pieces:
+            if self.ended:
+                return
             if self._steps is None or not isinstance(piece, Content):
                 self._reader.deltas.append(piece)
                 continue
