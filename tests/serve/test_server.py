@@ -268,6 +268,8 @@ def test_all_instructions_are_read_where_a_template_takes_one(client, channeled)
     )
     joined = {"role": "system", "content": "Be brief\n\nIn French"}
     assert read(told[0], *SAY, told[1]) == read(joined, *SAY) > read(told[0], *SAY)
+    body = {"messages": [told[0], *SAY, told[1]]}
+    assert client.post("/../tokenize", body=body, cast_to=dict)["count"] == read(joined, *SAY)
 
 
 def test_thought_goes_back_by_the_name_that_a_template_has():

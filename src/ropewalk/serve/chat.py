@@ -109,8 +109,6 @@ async def prepared(host: Host, asked: Chat) -> Conversation:
     elif asked.reasoning_effort:
         notes.append("reasoning_effort changes nothing, as the model's chat template has none")
     messages = [message(one, template) for one in asked.messages]
-    if reasoning.CHANNEL in (template or ""):
-        messages = _instructed(messages)
     text, ids = await read(host, messages, True, extra)
     ids = host.checked(ids, "messages")
     thinking = reasoning.detect(template, text)
@@ -124,6 +122,8 @@ async def read(
     host: Host, messages: list[Any], begun: bool, extra: dict[str, Any]
 ) -> tuple[str, list[int]]:
     """A conversation as text and as ids. Raises BadRequest."""
+    if reasoning.CHANNEL in (host.tokenizer.chat_template or ""):
+        messages = _instructed(messages)
     render = functools.partial(templates.render, host.tokenizer, messages, begun, **extra)
     try:
         text = host.fits(checked(await run_in_threadpool(render)), "messages")
