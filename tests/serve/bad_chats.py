@@ -73,6 +73,9 @@ def messages() -> Iterator[Case]:
 
 def structured() -> Iterator[Case]:
     """Formats that are wrong, or that would take hours, all memory, or the process down."""
+    for held in ({}, {"name": "x"}, {"type": "object", "properties": {}}):
+        form = {"type": "json_schema", "json_schema": held}
+        yield chat("response_format.json_schema.schema", response_format=form)
     for schema in (
         {"type": "nope"}, {"type": 5}, {"properties": 5}, {"required": 5}, {"enum": 5},
         {"enum": []}, {"anyOf": []}, {"allOf": [{"type": "string"}, {"type": "integer"}]},

@@ -175,11 +175,12 @@ def test_a_model_may_have_fewer_ids_than_its_tokenizer(
 
 
 def test_blanks_come_to_an_end(plain: Grammars) -> None:
-    matcher = plain.compile(Schema({"type": "object"}))
-    matcher.accept(ord("{"))
-    for _ in range(64):
-        matcher.accept(ord("\n"))
-    assert ord("\n") not in allowed(matcher)
+    """A space, or a new line and its indentation, between two parts of JSON."""
+    for written in ("{ ", "{\n" + " " * 32, '{"a": 1,\r\n\t"b" '):
+        matcher = plain.compile(Schema({"type": "object"}))
+        for char in written:
+            matcher.accept(ord(char))
+        assert not {*map(ord, " \n\r\t")} & {*allowed(matcher)}
 
 
 def references(length: int, link: Any) -> dict[str, Any]:

@@ -564,6 +564,8 @@ def test_small_routes(client, server, address):
     assert ids == server.host.tokenizer.encode_prompt("abc")
     text = client.post("/../detokenize", body={"tokens": ids}, cast_to=dict)["prompt"]
     assert text == "abc"
+    with pytest.raises(openai.BadRequestError, match="vocabulary is 0 to 263"):
+        client.post("/../detokenize", body={"tokens": [264]}, cast_to=dict)
     metrics = client.get("/../metrics", cast_to=str)
     for name in (
         "num_requests_running", "generation_tokens_total", "time_to_first_token_seconds",

@@ -106,6 +106,9 @@ class ResponseFormat(Asked):
         for kind in ("json_schema", "regex"):
             if self.type == kind and getattr(self, kind) is None:
                 raise BadRequest(f"{kind}: is missing", kind)
+        held = self.json_schema if self.type == "json_schema" else None
+        if held and "schema_" not in held.model_fields_set:
+            raise BadRequest("json_schema.schema: is missing", "json_schema.schema")
         return self
 
 

@@ -91,6 +91,10 @@ class Host:
                 param,
                 "context_length_exceeded",
             )
+        return self.known(ids, param)
+
+    def known(self, ids: Sequence[int], param: str) -> tuple[int, ...]:
+        """Some ids. Raises BadRequest for one that the model lacks."""
         outside = [token for token in ids if token >= self.vocab]
         if outside:
             raise BadRequest(

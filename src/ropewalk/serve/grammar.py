@@ -34,8 +34,8 @@ CACHE_ENTRIES = 32
 CACHE_BYTES = 256 * 1024**2
 LIMITS = {"max_lexer_states": 20_000, "max_items_in_row": 10_000, "verbose_errors": False}
 
-# Otherwise a model can write blanks up to the end of its tokens.
-_JSON_STYLE = {"whitespace_pattern": r"[\x20\x0A\x0D\x09]{1,64}"}
+# A space, or a line's end and an indentation: else models write blanks to the end of their tokens.
+_JSON_STYLE = {"whitespace_pattern": r"\x20|\x0D?\x0A[\x20\x09]{0,32}"}
 _QUOTED = re.compile(r"\d+ \||\^+$")  # a line of the grammar, or what points into one
 _DEATHS = {
     signal.SIGPROF: f"takes more than {COMPILE_S} s to compile",

@@ -189,7 +189,8 @@ def _routes(app: FastAPI, host: Host) -> None:
     async def detokenize(asked: Detokenize, response: Response) -> dict[str, Any]:
         host.check_model(asked.model)
         response.headers.update(warned(unknown(asked.unknown)))
-        return {"prompt": await run_in_threadpool(host.tokenizer.decode, asked.tokens)}
+        ids = host.known(asked.tokens, "tokens")
+        return {"prompt": await run_in_threadpool(host.tokenizer.decode, ids)}
 
 
 def _model(host: Host) -> dict[str, Any]:
