@@ -30,7 +30,7 @@ def train(home: Path, run: Path, processes: int = 1, devices: int = 1, *more: st
     ]
 
 
-@pytest.mark.parametrize("rules", ["fsdp", "fsdp_tensor"])
+@pytest.mark.parametrize("rules", ["fsdp", "tensor", "fsdp_tensor"])
 def test_rule_tables_on_eight_devices(rules: str, home: Path, whole: Path) -> None:
     run = home / rules
     (command,) = train(home, run, 1, 8, f"layout={rules}")
